@@ -1,0 +1,184 @@
+"""The gate that every GPU entry passes: open while the lease is held, and a flag test then.
+
+It is Dekker's handshake under the GIL. A thread raises its own depth, then looks at `closed`; the agent raises `closed`,
+then looks at every thread's depth. Whichever comes second sees the other, so no thread can start GPU work after the agent
+has seen a safe point, and an open gate takes no lock. (A free-threaded interpreter gives no such order; acb runs with
+the GIL.)
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+MIN_GAP = 0.0005
+"""Seconds: shorter gaps between regions are part of computing and are not remembered."""
+
+
+class GateListener(Protocol):
+    """Somebody who must know when the gate changes, such as a hook that keeps a framework's own fast path."""
+
+    def watch(self) -> None:
+        """Another client waits: from now on every entry must be counted with enter() and exit()."""
+
+    def close(self) -> None:
+        """The gate has closed: from now on every entry must stop in enter()."""
+
+    def open(self) -> None:
+        """The lease is held and nobody waits: entries may take their fastest way."""
+
+
+class ThreadState:
+    """One thread at the gate: how deep it is in regions (0: outside)."""
+
+    __slots__ = ("__weakref__", "depth", "ident", "marked")
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.marked = 0
+        self.ident = threading.get_ident()
+
+
+class _Local(threading.local):
+    """Gives each thread its ThreadState on first use."""
+
+    def __init__(self, states: list[weakref.ref[ThreadState]]) -> None:
+        self.state = ThreadState()
+        states[:] = [ref for ref in states if ref() is not None]
+        states.append(weakref.ref(self.state))
+
+
+class Gate:
+    """Lets regions in while the lease is held; tells the agent when no thread is inside.
+
+    `closed` and `watched` are read by hooks without a lock. Only the agent calls watch(), close() and open().
+    """
+
+    def __init__(self, ask: Callable[[], None], idle: Callable[[], None]) -> None:
+        """`ask()` is called, without locks held, by a thread that must wait; `idle()` after a watched region ends."""
+        self.closed = True
+        self.watched = False
+        self.last_exit = time.monotonic()
+        self.last_thread: ThreadState | None = None
+        self.gaps: deque[float] = deque(maxlen=64)
+        self.regions = 0
+        self._ask = ask
+        self._idle = idle
+        self._states: list[weakref.ref[ThreadState]] = []
+        self._local = _Local(self._states)
+        self._opened = threading.Condition(threading.RLock())
+        self._listeners: list[GateListener] = []
+
+    # --- the user's threads ---------------------------------------------------------------------------------------
+
+    def enter(self) -> None:
+        """Begin a region on this thread; blocks while the gate is closed. Nests at no cost.
+
+        Follow at once with ``try: ... finally: gate.exit()``.
+        """
+        state = self._local.state
+        if state.depth:
+            state.depth += 1
+            return
+        state.depth = 1
+        if self.closed:
+            self._wait(state)
+        gap = time.monotonic() - self.last_exit
+        if gap > MIN_GAP:
+            self.gaps.append(gap)
+        self.regions += 1
+        self.last_thread = state
+
+    def exit(self) -> None:
+        """End a region on this thread."""
+        state = self._local.state
+        if state.depth > 1:
+            state.depth -= 1
+            return
+        self.last_exit = time.monotonic()
+        state.depth = 0
+        if self.watched:
+            self._idle()
+
+    def inside(self) -> bool:
+        """Whether this thread is in a region."""
+        return self._local.state.depth > 0
+
+    def mark(self) -> None:
+        """This thread begins something that is surely not GPU work, such as a wait for a child process."""
+        state = self._local.state
+        state.marked += 1
+        if self.watched and not state.depth:
+            self._idle()
+
+    def unmark(self) -> None:
+        """What mark() announced is over."""
+        self._local.state.marked -= 1
+
+    def _wait(self, state: ThreadState) -> None:
+        """Block until the gate is open; `state.depth` is 1 and the gate was seen open when this returns."""
+        while True:
+            state.depth = 0
+            if self.watched:
+                self._idle()  # the agent may have seen this thread inside for a moment
+            self._ask()
+            with self._opened:
+                while self.closed:
+                    # A limit only so that a lost lease is asked for again after the connection broke.
+                    if not self._opened.wait(1.0):
+                        break
+            state.depth = 1
+            if not self.closed:
+                return
+
+    # --- the agent -------------------------------------------------------------------------------------------------
+
+    def add_listener(self, listener: GateListener) -> None:
+        """Tell `listener` of every change from now on, beginning with the present state."""
+        with self._opened:
+            self._listeners.append(listener)
+            if self.closed:
+                listener.close()
+            elif self.watched:
+                listener.watch()
+
+    def watch(self) -> None:
+        """Ask to be told, through `idle`, whenever a region ends."""
+        with self._opened:
+            self.watched = True
+            for listener in self._listeners:
+                listener.watch()
+
+    def close(self) -> None:
+        """Let no further region begin. Regions already open go on: wait for busy() to say no."""
+        with self._opened:
+            self.watched = True
+            self.closed = True
+            for listener in self._listeners:
+                listener.close()
+
+    def open(self, *, watched: bool = False) -> None:
+        """Let regions in, and wake who waits; with `watched`, as after watch()."""
+        with self._opened:
+            self.watched = watched
+            for listener in self._listeners:
+                if watched:
+                    listener.watch()
+                else:
+                    listener.open()
+            self.last_exit = time.monotonic()  # waiting for the lease is no gap of the program's
+            self.closed = False
+            self._opened.notify_all()
+
+    def busy(self) -> bool:
+        """Whether any thread is in a region."""
+        return any(state is not None and state.depth > 0 for state in [ref() for ref in list(self._states)])
+
+    def marked(self) -> bool:
+        """Whether the thread that last used the GPU has said that it does something else now."""
+        thread = self.last_thread
+        return thread is not None and thread.marked > 0

@@ -1,0 +1,171 @@
+"""Where acb keeps its files, and how sizes and simulated GPUs are written: the few settings every part agrees on.
+
+Standard library only and light to import: this module also runs inside the user's programs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+from typing import NamedTuple
+
+EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_CANTCREAT, EX_TEMPFAIL = 64, 65, 69, 73, 75
+"""The exit statuses of sysexits(3) that acb uses."""
+
+_SUN_PATH_MAX = 107  # bytes of a Unix socket's path that Linux accepts, less the closing NUL
+_UNITS = {"": 1, "B": 1, **{f"{p}iB": 1 << 10 * (i + 1) for i, p in enumerate("KMGT")}}
+_UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")} | {p: 1 << 10 * (i + 1) for i, p in enumerate("KMGT")}
+_FOLDED_UNITS = {name.lower(): factor for name, factor in _UNITS.items()}
+
+
+class ConfigError(Exception):
+    """A setting that cannot be used: one sentence for a person and an exit status from sysexits(3)."""
+
+    def __init__(self, message: str, status: int = EX_USAGE) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class SimulatedSpec(NamedTuple):
+    """What ``--simulate-gpus`` asks for.
+
+    `capacity` is in bytes a GPU, `bandwidth` in bytes a second between host and GPU (None: not limited), `speed` is the
+    fraction of the CPU's own speed at which GPU work appears to run (None: as fast as the CPU).
+    """
+
+    count: int
+    capacity: int
+    bandwidth: int | None = None
+    speed: float | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.count}x{format_size(self.capacity, exact=True)}"
+        if self.bandwidth is not None:
+            text += f",bandwidth={format_size(self.bandwidth, exact=True)}"
+        if self.speed is not None:
+            text += f",speed={self.speed:g}"
+        return text
+
+
+def parse_size(text: str) -> int:
+    """Bytes in a size such as ``10GiB``, ``512M``, ``1.5 GB`` or ``1048576``; K, M, G, T alone are powers of 1024.
+
+    Raises ConfigError when the text is not a size above zero.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    factor = _FOLDED_UNITS.get(match[2].lower()) if match else None
+    if match is None or factor is None:
+        raise ConfigError(f"{text!r} is not a size; write a number and a unit, such as 10GiB or 512MiB")
+    size = int(float(match[1]) * factor)
+    if not 0 < size < 1 << 60:
+        raise ConfigError(f"the size {text!r} is impossible; give one above zero, such as 10GiB")
+    return size
+
+
+def format_size(size: int, *, exact: bool = False) -> str:
+    """A size in bytes as a person writes it: ``1.5GiB``. With `exact`, parse_size gives the same number back."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        factor = _UNITS[unit]
+        if size >= factor and (not exact or size % factor == 0):
+            return f"{size // factor}{unit}" if size % factor == 0 else f"{size / factor:.1f}{unit}"
+    return f"{size}B"
+
+
+def parse_simulated(text: str) -> SimulatedSpec:
+    """Read ``NxSIZE[,bandwidth=SIZE][,speed=FRACTION]``, as in ``1x2GiB`` or ``4x16GiB,bandwidth=20GiB,speed=0.5``.
+
+    Raises ConfigError when it is anything else.
+    """
+    head, *options = text.split(",")
+    match = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(.+)", head)
+    if match is None or not 0 < int(match[1]) <= 64:
+        raise ConfigError(f"{text!r} does not describe simulated GPUs; write a count (1 to 64) and a size, such as 1x2GiB")
+    spec = SimulatedSpec(int(match[1]), parse_size(match[2]))
+    for option in options:
+        name, _, value = option.partition("=")
+        if name.strip() == "bandwidth":
+            spec = spec._replace(bandwidth=parse_size(value.removesuffix("/s")))
+        elif name.strip() == "speed" and re.fullmatch(r"(0?\.\d*[1-9]\d*|0\.\d*[1-9]\d*|1(\.0*)?)", value.strip()):
+            spec = spec._replace(speed=float(value))
+        else:
+            raise ConfigError(
+                f"{option!r} is not an option of simulated GPUs; there are bandwidth=SIZE (a second) and "
+                f"speed=FRACTION (above 0, at most 1)"
+            )
+    return spec
+
+
+def runtime_dir() -> Path:
+    """The directory of sockets and simulated GPUs; made with mode 0700 when it is not there.
+
+    ``$ACB_RUNTIME_DIR``, else ``$XDG_RUNTIME_DIR/acb``, else ``/tmp/acb-UID``. Raises ConfigError when it cannot be made,
+    belongs to another user, is open to others, or is a link.
+    """
+    directory = _runtime_path()
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = directory.lstat()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot use the runtime directory {directory}: {error.strerror or error}; "
+            f"set ACB_RUNTIME_DIR to a directory that you can write",
+            EX_CANTCREAT,
+        ) from None
+    if not stat.S_ISDIR(info.st_mode):
+        raise ConfigError(f"the runtime directory {directory} is not a directory; remove it or set ACB_RUNTIME_DIR", EX_CANTCREAT)
+    if info.st_uid != os.getuid():
+        raise ConfigError(
+            f"the runtime directory {directory} belongs to user id {info.st_uid}, not to you; set ACB_RUNTIME_DIR to one of yours",
+            EX_CANTCREAT,
+        )
+    if info.st_mode & 0o077:
+        raise ConfigError(
+            f"the runtime directory {directory} is open to others (mode {stat.S_IMODE(info.st_mode):04o}); "
+            f"run: chmod 700 {directory}",
+            EX_CANTCREAT,
+        )
+    return directory
+
+
+def _runtime_path() -> Path:
+    """The runtime directory's place, unchecked."""
+    chosen = os.environ.get("ACB_RUNTIME_DIR")
+    if chosen:
+        return Path(os.path.abspath(chosen))
+    xdg = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(xdg, "acb") if xdg else Path(f"/tmp/acb-{os.getuid()}")
+
+
+def job_suffix() -> str:
+    """``-JOBID`` inside a Slurm or PJM job, so that each job has a broker of its own; else nothing."""
+    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("PJM_JOBID") or ""
+    return "-" + re.sub(r"[^A-Za-z0-9._-]", "_", job) if job else ""
+
+
+def socket_path() -> Path:
+    """Where the broker listens: ``$ACB_SOCKET``, else ``broker[-JOBID].sock`` in the runtime directory.
+
+    Raises ConfigError as runtime_dir does, and when the path is longer than a Unix socket's may be.
+    """
+    chosen = os.environ.get("ACB_SOCKET")
+    path = Path(chosen) if chosen else runtime_dir() / f"broker{job_suffix()}.sock"
+    if len(os.fsencode(path)) > _SUN_PATH_MAX:
+        raise ConfigError(f"the socket path {path} is longer than {_SUN_PATH_MAX} bytes; set ACB_RUNTIME_DIR to a shorter one")
+    return path
+
+
+def pid_path() -> Path:
+    """The file with the broker's process id, beside its socket."""
+    return socket_path().with_suffix(".pid")
+
+
+def env_path() -> Path:
+    """The file with NAME=value lines for the programs of a broker, beside its socket."""
+    return socket_path().with_suffix(".env")
+
+
+def simulated_dir(spec: SimulatedSpec) -> Path:
+    """The directory of the simulated GPUs that all programs started with the same `spec` share."""
+    return runtime_dir() / ("simulated-" + re.sub(r"[^A-Za-z0-9.]+", "-", str(spec)))

@@ -1,0 +1,267 @@
+"""What broker and clients say to each other: one JSON object a packet of a Unix SOCK_SEQPACKET socket. No I/O here.
+
+A packet is ``{"type": NAME, ...fields}``. Unknown fields are ignored, so that a newer peer can say more; unknown types,
+missing fields and wrong field types are refused with ProtocolError. All sizes are in bytes, all times in seconds.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+
+VERSION = 1
+"""Of the wire. Peers of different versions do not talk: the hello is refused with both versions named."""
+
+MAX_PACKET = 64 * 1024
+"""Bytes. A longer packet is refused."""
+
+
+class ProtocolError(Exception):
+    """A packet that cannot be understood; says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Base of all messages; `type` is its name on the wire."""
+
+    type: ClassVar[str] = ""
+
+
+# --- from a client ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Hello(Message):
+    """The first packet of a client. After a broker's death it also tells the next one what the client holds."""
+
+    type: ClassVar[str] = "hello"
+    version: int
+    pid: int
+    name: str
+    memory_hint: int = 0
+    gpu: int = -1
+    holding: bool = False
+    resident: int = 0
+    evacuated: int = 0
+    peak: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request(Message):
+    """The client wants a lease and waits; `need` is what it asks for beyond what is known (0: nothing special)."""
+
+    type: ClassVar[str] = "request"
+    need: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Yield(Message):
+    """The client gives its lease back; `resident` bytes of it still lie on the GPU.
+
+    `peak` is the most it held under this lease; `wants` says that a thread already waits for the next lease.
+    """
+
+    type: ClassVar[str] = "yield"
+    resident: int
+    peak: int = 0
+    wants: bool = False
+    cause: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Evacuated(Message):
+    """Answer to Evacuate: `resident` bytes are left on the GPU, `moved` are in host memory, after `seconds`.
+
+    A refusal has `moved` 0 and a `reason`; the client then keeps what it has (the hold tier).
+    """
+
+    type: ClassVar[str] = "evacuated"
+    resident: int
+    moved: int = 0
+    seconds: float = 0.0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Restored(Message):
+    """The client has brought `moved` bytes back in `seconds` and runs."""
+
+    type: ClassVar[str] = "restored"
+    resident: int
+    moved: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class MoreRoom(Message):
+    """A running client came short: it holds `resident` and wants `nbytes` more."""
+
+    type: ClassVar[str] = "more_room"
+    resident: int
+    nbytes: int
+
+
+# --- from the command line ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AskStatus(Message):
+    """What the broker sees; answered with Status."""
+
+    type: ClassVar[str] = "ask_status"
+    version: int = VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class AskStop(Message):
+    """End the broker; answered with Goodbye."""
+
+    type: ClassVar[str] = "ask_stop"
+    version: int = VERSION
+
+
+# --- from the broker ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome(Message):
+    """Answer to Hello."""
+
+    type: ClassVar[str] = "welcome"
+    version: int
+    client: int
+    simulated: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Grant(Message):
+    """The lease of GPU `gpu` (of the name `visible` to CUDA_VISIBLE_DEVICES), with room for `headroom` bytes in all."""
+
+    type: ClassVar[str] = "grant"
+    gpu: int
+    visible: str
+    headroom: int
+    contended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Revoke(Message):
+    """Another client waits: yield when idle, and after `quantum` seconds from now at the next safe point.
+
+    With `evacuate`, the room will be wanted too: evacuate at once after yielding, without being asked again.
+    """
+
+    type: ClassVar[str] = "revoke"
+    quantum: float
+    evacuate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Evacuate(Message):
+    """Move the memory of this client, which holds no lease, to host memory; answered with Evacuated."""
+
+    type: ClassVar[str] = "evacuate"
+
+
+@dataclass(frozen=True, slots=True)
+class Uncontended(Message):
+    """Nobody waits any more: a Revoke that was not yet obeyed is withdrawn."""
+
+    type: ClassVar[str] = "uncontended"
+
+
+@dataclass(frozen=True, slots=True)
+class Room(Message):
+    """Answer to MoreRoom."""
+
+    type: ClassVar[str] = "room"
+    granted: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused(Message):
+    """A hello or request that cannot be served; `reason` is one sentence for a person."""
+
+    type: ClassVar[str] = "refused"
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Status(Message):
+    """Answer to AskStatus; `report` is what ``gpu_assigner status --json`` prints."""
+
+    type: ClassVar[str] = "status"
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye(Message):
+    """The broker ends on purpose."""
+
+    type: ClassVar[str] = "goodbye"
+    pid: int = 0
+
+
+_MessageT = TypeVar("_MessageT", bound=Message)
+_TYPES: dict[str, type[Message]] = {
+    cls.type: cls
+    for cls in (
+        Hello, Request, Yield, Evacuated, Restored, MoreRoom, AskStatus, AskStop,
+        Welcome, Grant, Revoke, Evacuate, Uncontended, Room, Refused, Status, Goodbye,
+    )
+}  # fmt: skip
+_INT_MAX = 1 << 62
+
+
+def _accepted(hint: Any) -> tuple[type, ...]:
+    """The Python types that a field of this annotation takes from JSON."""
+    origin = get_origin(hint) or hint
+    assert isinstance(origin, type), (hint, get_args(hint))
+    return (int, float) if origin is float else (origin,)
+
+
+_SCHEMAS: dict[str, list[tuple[str, tuple[type, ...], bool]]] = {
+    name: [
+        (f.name, _accepted(get_type_hints(cls)[f.name]), f.default is MISSING and f.default_factory is MISSING)
+        for f in fields(cls)
+    ]
+    for name, cls in _TYPES.items()
+}
+
+
+def encode(message: Message) -> bytes:
+    """The packet of a message. Raises ProtocolError when it is longer than MAX_PACKET."""
+    body = {"type": message.type}
+    for name, _, _ in _SCHEMAS[message.type]:
+        body[name] = getattr(message, name)
+    packet = json.dumps(body, separators=(",", ":")).encode()
+    if len(packet) > MAX_PACKET:
+        raise ProtocolError(f"a {message.type} message of {len(packet)} bytes is longer than {MAX_PACKET}")
+    return packet
+
+
+def decode(packet: bytes) -> Message:
+    """The message in a packet. Raises ProtocolError when it is not one."""
+    if len(packet) > MAX_PACKET:
+        raise ProtocolError(f"a packet of {len(packet)} bytes is longer than {MAX_PACKET}")
+    try:
+        body = json.loads(packet)
+    except (ValueError, RecursionError):
+        raise ProtocolError(f"not JSON: {packet[:40]!r}") from None
+    name = body.get("type") if isinstance(body, dict) else None
+    schema = _SCHEMAS.get(name) if isinstance(name, str) else None
+    if schema is None:
+        raise ProtocolError(f"unknown message type {name!r}")
+    values = {}
+    for key, accepted, required in schema:
+        if key not in body:
+            if required:
+                raise ProtocolError(f"a {name} message without {key!r}")
+            continue
+        value = body[key]
+        if type(value) not in accepted or (type(value) in (int, float) and not -_INT_MAX < value < _INT_MAX):
+            raise ProtocolError(f"a {name} message whose {key!r} is {str(value)[:40]!r}")
+        values[key] = value
+    return _TYPES[name](**values)

@@ -1,0 +1,1 @@
+"""Import hooks: one package a framework, each with an ``install(module)`` called when that framework has been imported."""
