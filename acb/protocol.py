@@ -126,12 +126,12 @@ class AskStop(Message):
 
 @dataclass(frozen=True, slots=True)
 class Welcome(Message):
-    """Answer to Hello."""
+    """Answer to Hello. Without `lease`, a client that said it holds one must stop at its gate and ask again."""
 
     type: ClassVar[str] = "welcome"
     version: int
     client: int
-    simulated: str = ""
+    lease: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,19 +142,14 @@ class Grant(Message):
     gpu: int
     visible: str
     headroom: int
-    contended: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Revoke(Message):
-    """Another client waits: yield when idle, and after `quantum` seconds from now at the next safe point.
-
-    With `evacuate`, the room will be wanted too: evacuate at once after yielding, without being asked again.
-    """
+    """Another client waits: yield when idle, and after `quantum` seconds from now at the next safe point."""
 
     type: ClassVar[str] = "revoke"
     quantum: float
-    evacuate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,10 +185,12 @@ class Refused(Message):
 
 @dataclass(frozen=True, slots=True)
 class Status(Message):
-    """Answer to AskStatus; `report` is what ``gpu_assigner status --json`` prints."""
+    """Answer to AskStatus, in as many packets as it takes: `report` once, `clients` in parts while `more` follow."""
 
     type: ClassVar[str] = "status"
     report: dict[str, Any] = field(default_factory=dict)
+    clients: list[dict[str, Any]] = field(default_factory=list)
+    more: bool = False
 
 
 @dataclass(frozen=True, slots=True)

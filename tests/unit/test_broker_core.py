@@ -1,0 +1,258 @@
+"""The broker's core over random histories: its invariants hold after every event, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from acb.broker.core import Broker, Gpu
+from acb.broker.policies import POLICIES
+from acb.protocol import (
+    VERSION, Evacuate, Evacuated, Grant, Hello, Message, MoreRoom, Refused, Request, Restored, Revoke, Room, Uncontended,
+    Welcome, Yield,
+)  # fmt: skip
+
+CAPACITY = 1000
+
+
+class Program:
+    """A well-behaved client as the broker should see it: it keeps its own books and answers what it is told."""
+
+    def __init__(self, size: int, residue: int) -> None:
+        self.size, self.residue = size, residue
+        self.resident = self.evacuated = self.peak = 0
+        self.lease = self.waiting = self.revoked = self.evacuate = self.restoring = self.refused = False
+        self.room_answers = self.room_asked = 0
+
+    def take(self, message: Message) -> None:
+        if isinstance(message, Grant):
+            assert self.waiting
+            assert not self.lease
+            self.lease, self.waiting, self.restoring = True, False, self.evacuated > 0
+        elif isinstance(message, Revoke):
+            self.revoked = True
+        elif isinstance(message, Uncontended):
+            self.revoked = False
+        elif isinstance(message, Evacuate):
+            assert not self.lease
+            self.evacuate = True
+        elif isinstance(message, Room):
+            self.room_answers += 1
+        elif isinstance(message, Refused):
+            self.refused, self.waiting = True, False
+        else:
+            assert isinstance(message, Welcome)
+
+
+class Histories(RuleBasedStateMachine):
+    """Programs of random sizes come, ask, compute, yield, are evacuated, refuse, and die, in any order."""
+
+    @initialize(policy=st.sampled_from(sorted(POLICIES)), slots=st.integers(1, 2), gpus=st.integers(1, 2))
+    def start(self, policy: str, slots: int, gpus: int) -> None:
+        self.broker = Broker([Gpu(i, CAPACITY, str(i), slots) for i in range(gpus)], POLICIES[policy]())
+        self.programs: dict[int, Program] = {}
+        self.now, self.next_id = 0.0, 1
+
+    def tell(self, client: int, message: Message) -> None:
+        self.now += 0.001
+        self.deliver(self.broker.handle(client, message, self.now))
+
+    def deliver(self, sends: list) -> None:
+        for client, message in sends:
+            self.programs[client].take(message)
+
+    def pick(self, data: st.DataObject, condition) -> tuple[int, Program] | None:
+        fitting = [(i, p) for i, p in self.programs.items() if condition(p)]
+        return data.draw(st.sampled_from(fitting)) if fitting else None
+
+    @rule(size=st.integers(0, CAPACITY), hint=st.sampled_from([0, 0, 300, CAPACITY, CAPACITY + 1]), residue=st.sampled_from([0, 30]))
+    def come(self, size: int, hint: int, residue: int) -> None:
+        if len(self.programs) < 7:
+            client, self.next_id = self.next_id, self.next_id + 1
+            self.programs[client] = Program(min(size, hint) if hint else size, residue)
+            self.tell(client, Hello(VERSION, 1000 + client, f"p{client}", memory_hint=hint))
+
+    @rule(data=st.data())
+    def ask(self, data: st.DataObject) -> None:
+        if found := self.pick(data, lambda p: not (p.lease or p.waiting or p.refused)):
+            found[1].waiting = True
+            self.tell(found[0], Request())
+
+    @rule(data=st.data(), wants=st.booleans(), fraction=st.floats(0, 1))
+    def compute_and_yield(self, data: st.DataObject, wants: bool, fraction: float) -> None:
+        if found := self.pick(data, lambda p: p.lease and not p.restoring and p.room_asked == p.room_answers):
+            client, program = found
+            headroom = self.broker.clients[client].headroom
+            program.peak = max(program.peak, min(program.size, headroom))
+            program.resident = max(min(program.residue, headroom), int(min(program.size, headroom) * fraction))
+            program.lease = program.revoked = False
+            program.waiting = wants
+            self.tell(client, Yield(program.resident, program.peak, wants))
+
+    @rule(data=st.data())
+    def restored(self, data: st.DataObject) -> None:
+        if found := self.pick(data, lambda p: p.restoring):
+            client, program = found
+            program.resident, moved, program.evacuated = program.resident + program.evacuated, program.evacuated, 0
+            program.restoring = False
+            self.tell(client, Restored(program.resident, moved, 0.1))
+
+    @rule(data=st.data(), refuse=st.sampled_from([False, False, False, True]))
+    def evacuated(self, data: st.DataObject, refuse: bool) -> None:
+        if found := self.pick(data, lambda p: p.evacuate):
+            client, program = found
+            program.evacuate = False
+            moved = 0 if refuse else max(0, program.resident - program.residue)
+            program.resident -= moved
+            program.evacuated += moved
+            self.tell(client, Evacuated(program.resident, moved, 0.1, "no host memory" if refuse else ""))
+
+    @rule(data=st.data(), nbytes=st.integers(1, CAPACITY))
+    def more_room(self, data: st.DataObject, nbytes: int) -> None:
+        if found := self.pick(data, lambda p: p.lease and p.room_asked == p.room_answers and not p.restoring):
+            found[1].room_asked += 1
+            self.tell(found[0], MoreRoom(found[1].resident, nbytes))
+
+    @rule(data=st.data())
+    def die(self, data: st.DataObject) -> None:
+        if found := self.pick(data, lambda p: True):
+            del self.programs[found[0]]
+            self.now += 0.001
+            self.deliver(self.broker.gone(found[0], self.now))
+
+    @precondition(lambda self: self.programs)
+    @rule(data=st.data(), nonsense=st.sampled_from([Yield(5, 10**9), Evacuated(3, 10**6), Restored(0), Room(True), Hello(VERSION, 1, "x")]))
+    def talk_nonsense(self, data: st.DataObject, nonsense: Message) -> None:
+        """What a confused client says out of turn changes nothing (a Refused to it is not a refusal of its request)."""
+        if found := self.pick(data, lambda p: not (p.lease or p.evacuate or p.waiting)):
+            self.now += 0.001
+            self.deliver([s for s in self.broker.handle(found[0], nonsense, self.now) if not isinstance(s.message, Refused)])
+
+    @invariant()
+    def rules_hold(self) -> None:
+        if hasattr(self, "broker"):
+            self.broker.check()
+            for client, program in self.programs.items():
+                view = self.broker.clients[client]
+                assert (view.lease, view.waiting) == (program.lease, program.waiting), self.broker.log
+                assert view.resident <= CAPACITY
+
+    def teardown(self) -> None:
+        """From any state: when everybody goes on and finishes, everybody who waits gets a lease (or a refusal)."""
+        if not hasattr(self, "broker"):
+            return
+        waited = {i for i, p in self.programs.items() if p.waiting}
+        for _ in range(60 * (len(self.programs) + 1)):
+            if not waited:
+                break
+            for client, program in list(self.programs.items()):
+                if program.evacuate:
+                    program.evacuate = False
+                    program.evacuated, program.resident = program.evacuated + program.resident, 0
+                    self.tell(client, Evacuated(0, program.evacuated, 0.1))
+                elif program.restoring:
+                    program.restoring, program.resident = False, program.resident + program.evacuated
+                    moved, program.evacuated = program.evacuated, 0
+                    self.tell(client, Restored(program.resident, moved, 0.1))
+                elif program.lease:
+                    program.lease = False
+                    del self.programs[client]  # its work is done
+                    self.now += 0.001
+                    self.deliver(self.broker.gone(client, self.now))
+                self.broker.check()
+            waited = {i for i in waited if i in self.programs and self.programs[i].waiting}
+        assert not waited, "\n".join(self.broker.log)
+
+
+Histories.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestHistories = pytest.mark.timeout(300)(Histories.TestCase)
+
+
+def _broker(count: int, hint: int = 0, slots: int = 1) -> Broker:
+    broker = Broker([Gpu(0, CAPACITY, "GPU-x", slots)], POLICIES["fifo"]())
+    for client in range(1, count + 1):
+        broker.handle(client, Hello(VERSION, 100 + client, f"p{client}", memory_hint=hint), 0.0)
+    return broker
+
+
+def test_an_uncontended_lease_is_granted_at_once_with_the_whole_gpu() -> None:
+    broker = _broker(1)
+    assert broker.handle(1, Request(), 1.0) == [(1, Grant(0, "GPU-x", CAPACITY))]
+
+
+def test_the_holder_is_revoked_once_and_the_waiting_one_granted_after_the_evacuation() -> None:
+    broker = _broker(2)
+    broker.handle(1, Request(), 0.0)
+    [(who, revoke)] = broker.handle(2, Request(), 0.25)
+    assert who == 1
+    assert isinstance(revoke, Revoke)
+    assert revoke.quantum == pytest.approx(0.75)
+    assert broker.handle(1, Yield(600, 700), 2.0) == [(1, Evacuate())]
+    assert broker.handle(1, Evacuated(0, 600, 0.1), 2.1) == [(2, Grant(0, "GPU-x", CAPACITY))]
+
+
+def test_memory_that_fits_beside_stays_resident() -> None:
+    broker = _broker(2, hint=400)
+    broker.handle(1, Request(), 0.0)
+    broker.handle(2, Request(), 0.0)
+    assert broker.handle(1, Yield(400, 400), 1.0) == [(2, Grant(0, "GPU-x", 400))]
+    assert broker.clients[1].state == "resident"
+
+
+def test_a_request_that_no_gpu_can_hold_is_refused_with_the_sizes() -> None:
+    broker = _broker(1, hint=CAPACITY + 1)
+    [(_, refused)] = broker.handle(1, Request(), 0.0)
+    assert isinstance(refused, Refused)
+    assert "1001" in refused.reason
+    assert "1000" in refused.reason
+
+
+def test_the_revoke_is_withdrawn_when_the_waiting_one_dies() -> None:
+    broker = _broker(2)
+    broker.handle(1, Request(), 0.0)
+    broker.handle(2, Request(), 0.0)
+    assert broker.gone(2, 0.1) == [(1, Uncontended())]
+
+
+def test_more_room_evicts_the_others_and_is_refused_when_it_cannot_be_had() -> None:
+    broker = _broker(2, hint=400)
+    broker.handle(1, Request(), 0.0)
+    broker.handle(1, Yield(400, 400), 0.0)
+    broker.handle(2, Request(), 0.0)
+    assert broker.handle(2, MoreRoom(400, 300), 0.1) == [(1, Evacuate())]
+    assert broker.handle(1, Evacuated(0, 400, 0.1), 0.2) == [(2, Room(True))]
+    [(_, room)] = broker.handle(2, MoreRoom(400, 700), 0.3)
+    assert isinstance(room, Room)
+    assert not room.granted
+    assert "1100" in room.reason
+
+
+def test_a_client_that_cannot_be_moved_may_overtake_the_one_it_keeps_out() -> None:
+    broker = _broker(2)
+    broker.handle(1, Request(), 0.0)
+    broker.handle(2, Request(), 0.0)
+    broker.handle(1, Yield(600, 600, wants=True), 1.0)
+    granted, revoked = broker.handle(1, Evacuated(600, 0, 0.0, "captured CUDA graphs"), 1.1)
+    assert granted == (1, Grant(0, "GPU-x", 660))
+    assert revoked == (1, Revoke(1.0))
+    assert broker.gone(1, 9.0) == [(2, Grant(0, "GPU-x", CAPACITY))]
+
+
+def test_a_new_broker_grants_nothing_before_the_old_ones_clients_have_spoken() -> None:
+    broker = Broker([Gpu(0, CAPACITY)], POLICIES["fifo"]())
+    broker.recover({201, 202})
+    broker.handle(5, Hello(VERSION, 300, "new"), 0.0)
+    assert broker.handle(5, Request(), 0.0) == []
+    broker.handle(6, Hello(VERSION, 201, "old", gpu=0, holding=True, resident=500, peak=500), 0.1)
+    [(who, revoke)] = broker.recovered({202}, 5.0)
+    assert who == 6
+    assert isinstance(revoke, Revoke)
+
+
+def test_another_version_is_refused_with_both_versions() -> None:
+    [(_, refused)] = Broker([], POLICIES["fifo"]()).handle(1, Hello(VERSION + 1, 42, "x"), 0.0)
+    assert isinstance(refused, Refused)
+    assert f"version {VERSION + 1}" in refused.reason
+    assert f"version {VERSION}" in refused.reason
