@@ -1,0 +1,194 @@
+"""Usage: acb-launch [OPTION…] [--] COMMAND [ARGUMENT…]
+
+Run COMMAND so that its GPU work goes through the AI computing broker. It needs no change; its exit status, signals,
+input and output are its own. A broker is started when none runs.
+
+  --broker auto|require|off   start a broker if none runs (auto, the default), insist on a running one, or use none
+  --simulate-gpus NxSIZE      on a machine without a GPU: N simulated ones of SIZE bytes each, such as 1x2GiB
+  --gpu-memory SIZE           how much GPU memory COMMAND will need at most, as a hint to the broker
+  --name NAME                 what to call COMMAND in `gpu_assigner status`
+  --trace FILE                write every change of state, with its cause, to FILE, one JSON object a line
+  --quiet                     no messages of acb on stderr but errors
+  --version, --help           print that, and end
+
+ACB_DISABLE=1 in the environment runs COMMAND as if acb-launch were not there.
+
+Exit statuses of acb-launch itself: 64 wrong usage, 69 no broker or no GPU, 73 a directory or file that cannot be
+used, 126 COMMAND cannot be executed, 127 COMMAND is not found.
+"""
+
+from __future__ import annotations
+
+import getopt
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from acb import __version__, config
+from acb.launcher import broker, command
+from acb.launcher.environment import BOOTSTRAP, broker_variables, initial_environment, instrumented
+
+_OPTIONS = ["broker=", "simulate-gpus=", "gpu-memory=", "name=", "trace=", "quiet", "version", "help"]
+BROKER_MODES = ("auto", "require", "off")
+
+
+@dataclass
+class Options:
+    """What the command line asks for."""
+
+    command: list[str] = field(default_factory=list)
+    broker: str = "auto"
+    simulate: str | None = None
+    quiet: bool = False
+    variables: dict[str, str] = field(default_factory=dict)
+    """What the options give the command to know, in its environment."""
+
+
+def main(arguments: Sequence[str] | None = None, *, ignored_signals: int = 0) -> int:
+    """Become the command that `arguments` name; return an exit status only if that fails, or for --help, --version.
+
+    `ignored_signals`: the mask of signals that were ignored before this Python started (SigIgn of /proc/PID/status).
+    """
+    try:
+        return _launch(list(sys.argv[1:] if arguments is None else arguments), ignored_signals)
+    except (config.ConfigError, command.CommandError) as error:
+        if str(error):
+            _say(str(error))
+        return error.status
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+        return 130
+
+
+def _launch(arguments: list[str], ignored_signals: int) -> int:
+    flags = _leading_flags(arguments)
+    if flags & {"--help", "--version"}:
+        print(__doc__.rstrip() if "--help" in flags else f"acb-launch {__version__}")  # noqa: T201
+        return 0
+    environ = initial_environment()
+    options = parse(arguments, environ)
+    argv = options.command
+    file = command.find(argv[0], environ.get("PATH"))
+    if environ.get("ACB_DISABLE", "0") in ("", "0"):
+        environ = _prepare(options, environ, file)
+    command.execute(file, argv, environ, ignored_signals)
+
+
+def _leading_flags(arguments: list[str]) -> set[str]:
+    """The --help or --version that stands before the command, whatever else is wrong there."""
+    found = set()
+    for argument in arguments:
+        if not argument.startswith("-") or argument == "--":
+            break
+        found.add(argument)
+    return found
+
+
+def parse(arguments: list[str], environ: dict[str, str]) -> Options:
+    """Read the command line; `environ` supplies the broker mode of an enclosing acb-launch. Raises ConfigError."""
+    try:
+        given, rest = getopt.getopt(arguments, "", _OPTIONS)
+    except getopt.GetoptError as error:
+        raise config.ConfigError(f"{error}; see acb-launch --help") from None
+    if not rest:
+        raise config.ConfigError("which command? Write: acb-launch [OPTION…] COMMAND [ARGUMENT…]")
+    options = Options(command=rest, broker=environ.get("ACB_BROKER") or "auto", quiet=bool(environ.get("ACB_QUIET")))
+    for name, value in given:
+        if name == "--broker":
+            options.broker = value
+        elif name == "--simulate-gpus":
+            options.simulate = str(config.parse_simulated(value))
+        elif name == "--gpu-memory":
+            options.variables["ACB_GPU_MEMORY"] = str(config.parse_size(value))
+        elif name == "--name":
+            if not value.isprintable() or not 0 < len(value) <= 200:
+                raise config.ConfigError("--name needs 1 to 200 printable characters")
+            options.variables["ACB_NAME"] = value
+        elif name == "--trace":
+            options.variables["ACB_TRACE"] = _trace_file(value)
+        elif name == "--quiet":
+            options.quiet = True
+            options.variables["ACB_QUIET"] = "1"
+    if options.broker not in BROKER_MODES:
+        raise config.ConfigError(f"--broker is auto, require or off, not {options.broker!r}")
+    return options
+
+
+def _trace_file(name: str) -> str:
+    """The absolute path of the trace file, if it can be written; raises ConfigError if not."""
+    file = os.path.abspath(name)
+    if os.path.isdir(file) or not os.access(file if os.path.exists(file) else os.path.dirname(file), os.W_OK):
+        raise config.ConfigError(f"cannot write the trace file {file}; choose another", config.EX_CANTCREAT)
+    return file
+
+
+def _prepare(options: Options, environ: dict[str, str], file: str) -> dict[str, str]:
+    """See that there is a broker, if one is wanted, and return the environment for the command."""
+    variables: dict[str, str] = {}
+    if options.broker == "off":
+        if options.simulate is not None:
+            variables["ACB_SIMULATED"] = str(_simulated_cards(options.simulate))
+    else:
+        socket = config.socket_path()
+        if not broker.answers(socket):
+            _start_broker(options, socket)
+        variables = broker_variables(config.env_path())
+        if options.simulate is not None:
+            wanted = str(config.simulated_dir(config.parse_simulated(options.simulate)))
+            if variables.get("ACB_SIMULATED") != wanted:
+                raise config.ConfigError(
+                    f"the running broker has other GPUs than --simulate-gpus {options.simulate} asks for; "
+                    f"leave the option out, or end that broker first with: gpu_assigner stop",
+                    config.EX_UNAVAILABLE,
+                )
+        variables["ACB_SOCKET"] = str(socket)
+    variables |= options.variables | {"ACB_BROKER": options.broker}
+    flag = command.python_flag_against(file, options.command)
+    if flag is not None and not options.quiet:
+        _say(f"warning: {options.command[0]} is started with {flag}, so acb cannot instrument it; it runs without acb")
+    if ":" in str(BOOTSTRAP):
+        raise config.ConfigError(
+            f"acb is installed in {BOOTSTRAP.parent}, whose name has a colon, which PYTHONPATH cannot hold; "
+            f"install it elsewhere, or set ACB_DISABLE=1",
+            config.EX_UNAVAILABLE,
+        )
+    return instrumented(environ, variables, sys.executable)
+
+
+def _start_broker(options: Options, socket: Path) -> None:
+    if options.broker == "require":
+        raise config.ConfigError(
+            f"no broker answers at {socket}; start one with: gpu_assigner start", config.EX_UNAVAILABLE
+        )
+    broker.start(options.simulate, quiet=options.quiet)
+    if not broker.answers(socket):
+        raise config.ConfigError(
+            f"gpu_assigner has started, but no broker answers at {socket}; see: gpu_assigner status",
+            config.EX_UNAVAILABLE,
+        )
+
+
+def _simulated_cards(simulate: str) -> Path:
+    """The simulated GPUs that all programs started with the same specification share; made if they are not there."""
+    from acb.devices.simulated import create_cards
+
+    spec = config.parse_simulated(simulate)
+    directory = config.simulated_dir(spec)
+    try:
+        create_cards(directory, spec)
+    except OSError as error:
+        raise config.ConfigError(
+            f"cannot make simulated GPUs in {directory}: {error.strerror or error}; "
+            f"set ACB_RUNTIME_DIR to a directory that has room",
+            config.EX_CANTCREAT,
+        ) from None
+    return directory
+
+
+def _say(message: str) -> None:
+    """One line for a person, on stderr."""
+    sys.stderr.write(f"acb-launch: {message}\n")
