@@ -11,12 +11,17 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
-EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_CANTCREAT, EX_TEMPFAIL = 64, 65, 69, 73, 75
-"""The exit statuses of sysexits(3) that acb uses."""
+EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_CANTCREAT, EX_TEMPFAIL = 2, 65, 69, 73, 75
+"""Exit statuses: those of sysexits(3), but 2, every command's own, for wrong usage.
+
+The set is that of Fujitsu's broker.
+"""
 
 _SUN_PATH_MAX = 107  # bytes of a Unix socket's path that Linux accepts, less the closing NUL
 _UNITS = {"": 1, "B": 1, **{f"{p}iB": 1 << 10 * (i + 1) for i, p in enumerate("KMGT")}}
-_UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")} | {p: 1 << 10 * (i + 1) for i, p in enumerate("KMGT")}
+_UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")} | {
+    p: 1 << 10 * (i + 1) for i, p in enumerate("KMGT")
+}
 _FOLDED_UNITS = {name.lower(): factor for name, factor in _UNITS.items()}
 
 
@@ -35,7 +40,7 @@ class SimulatedSpec(NamedTuple):
     fraction of the CPU's own speed at which GPU work appears to run (None: as fast as the CPU).
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody misses
     capacity: int
     bandwidth: int | None = None
     speed: float | None = None
@@ -81,7 +86,9 @@ def parse_simulated(text: str) -> SimulatedSpec:
     head, *options = text.split(",")
     match = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(.+)", head)
     if match is None or not 0 < int(match[1]) <= 64:
-        raise ConfigError(f"{text!r} does not describe simulated GPUs; write a count (1 to 64) and a size, such as 1x2GiB")
+        raise ConfigError(
+            f"{text!r} does not describe simulated GPUs; write a count (1 to 64) and a size, such as 1x2GiB"
+        )
     spec = SimulatedSpec(int(match[1]), parse_size(match[2]))
     for option in options:
         name, _, value = option.partition("=")
@@ -100,8 +107,8 @@ def parse_simulated(text: str) -> SimulatedSpec:
 def runtime_dir() -> Path:
     """The directory of sockets and simulated GPUs; made with mode 0700 when it is not there.
 
-    ``$ACB_RUNTIME_DIR``, else ``$XDG_RUNTIME_DIR/acb``, else ``/tmp/acb-UID``. Raises ConfigError when it cannot be made,
-    belongs to another user, is open to others, or is a link.
+    ``$ACB_RUNTIME_DIR``, else ``$XDG_RUNTIME_DIR/acb``, else ``/tmp/acb-UID``. Raises ConfigError when it cannot be
+    made, belongs to another user, is open to others, or is a link.
     """
     directory = _runtime_path()
     try:
@@ -114,10 +121,13 @@ def runtime_dir() -> Path:
             EX_CANTCREAT,
         ) from None
     if not stat.S_ISDIR(info.st_mode):
-        raise ConfigError(f"the runtime directory {directory} is not a directory; remove it or set ACB_RUNTIME_DIR", EX_CANTCREAT)
+        raise ConfigError(
+            f"the runtime directory {directory} is not a directory; remove it or set ACB_RUNTIME_DIR", EX_CANTCREAT
+        )
     if info.st_uid != os.getuid():
         raise ConfigError(
-            f"the runtime directory {directory} belongs to user id {info.st_uid}, not to you; set ACB_RUNTIME_DIR to one of yours",
+            f"the runtime directory {directory} belongs to user id {info.st_uid}, not to you; "
+            f"set ACB_RUNTIME_DIR to one of yours",
             EX_CANTCREAT,
         )
     if info.st_mode & 0o077:
@@ -152,7 +162,9 @@ def socket_path() -> Path:
     chosen = os.environ.get("ACB_SOCKET")
     path = Path(chosen) if chosen else runtime_dir() / f"broker{job_suffix()}.sock"
     if len(os.fsencode(path)) > _SUN_PATH_MAX:
-        raise ConfigError(f"the socket path {path} is longer than {_SUN_PATH_MAX} bytes; set ACB_RUNTIME_DIR to a shorter one")
+        raise ConfigError(
+            f"the socket path {path} is longer than {_SUN_PATH_MAX} bytes; set ACB_RUNTIME_DIR to a shorter one"
+        )
     return path
 
 

@@ -248,11 +248,10 @@ def decode(packet: bytes) -> Message:
     except (ValueError, RecursionError):
         raise ProtocolError(f"not JSON: {packet[:40]!r}") from None
     name = body.get("type") if isinstance(body, dict) else None
-    schema = _SCHEMAS.get(name) if isinstance(name, str) else None
-    if schema is None:
+    if not isinstance(name, str) or name not in _SCHEMAS:
         raise ProtocolError(f"unknown message type {name!r}")
     values = {}
-    for key, accepted, required in schema:
+    for key, accepted, required in _SCHEMAS[name]:
         if key not in body:
             if required:
                 raise ProtocolError(f"a {name} message without {key!r}")

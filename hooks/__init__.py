@@ -1,1 +1,1 @@
-"""Import hooks: one package a framework, each with an ``install(module)`` called when that framework has been imported."""
+"""Import hooks: one package a framework, whose ``install(module)`` is called when that framework has been imported."""

@@ -1,4 +1,4 @@
-"""Marks on a thread that surely mean "this is no GPU work": sleeping, waiting for a child process, reading from a socket.
+"""Marks on a thread that surely mean "no GPU work": sleeping, waiting for a child process, reading from a socket.
 
 A thread that is in such a call after its last region has ended its phase, and no linger need pass before the GPU can go
 to another client. Each mark costs two attribute updates; calls too short to matter are not marked.
@@ -60,7 +60,7 @@ def _patch_sleep() -> None:
         else:
             original(seconds)
 
-    time.sleep = sleep
+    time.sleep = sleep  # type: ignore[assignment]
 
 
 def _patch_subprocess() -> None:
@@ -84,4 +84,4 @@ def _patch_multiprocessing() -> None:
 
     connection.wait = _marked(connection.wait)
     for name in ("recv", "recv_bytes", "poll"):
-        setattr(connection._ConnectionBase, name, _marked(getattr(connection._ConnectionBase, name)))  # type: ignore[attr-defined]
+        setattr(connection._ConnectionBase, name, _marked(getattr(connection._ConnectionBase, name)))

@@ -1,4 +1,4 @@
-"""Tells the framework hooks of every Python thread that starts, on that thread, before the program's code runs there."""
+"""Tells the framework hooks of every Python thread that starts, on that thread, before the program's own code."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _callbacks: list[Callable[[], None]] = []
 
 
 def on_thread_start(callback: Callable[[], None]) -> None:
-    """Run `callback()` at the start of every Python thread from now on, on that thread; acb's own threads are left out.
+    """Run `callback()` at the start of every Python thread from now on, on that thread, but for acb's own.
 
-    Reaches threads made with `threading` (and so with concurrent.futures, asyncio's executors and pools), and those made
-    with `_thread.start_new_thread`.
+    Reaches threads made with `threading` (and so with concurrent.futures, asyncio's executors and pools), and those
+    made with `_thread.start_new_thread`.
     """
     if not _callbacks:
         _patch_threading()
@@ -59,4 +59,4 @@ def _patch_start_new_thread() -> None:
 
         return original(begin, args, *rest)
 
-    _thread.start_new_thread = start_new_thread  # type: ignore[assignment]
+    _thread.start_new_thread = start_new_thread

@@ -16,7 +16,8 @@ Invariants (checked by check(), after every event in tests):
 
 - a GPU never has more holders than slots;
 - what holders may use (their headroom) and what others still have there (their resident bytes) fit its capacity;
-- nobody is granted while an evacuation that its room needs is under way (follows from the one above, since memory counts
+- nobody is granted while an evacuation that its room needs is under way (follows from the one above, since memory
+counts
   as resident until its evacuation is acknowledged);
 - every request is granted, refused, or its client is gone: a client that waits is in the queue, and whenever somebody
   waits, something is under way that will let him in (a revoked holder, an evacuation) or a client that cannot be moved
@@ -149,7 +150,10 @@ class Broker:
     # --- events ----------------------------------------------------------------------------------------------------
 
     def handle(self, client_id: int, message: Message, now: float) -> list[Send]:
-        """Take in a client's message and return what is to be sent. A message that makes no sense is answered Refused."""
+        """Take in a client's message and return what is to be sent.
+
+        A message that makes no sense is answered Refused.
+        """
         self.log.append(f"{now:.6f} client {client_id}: {message}")
         client = self.clients.get(client_id)
         if isinstance(message, Hello):
@@ -198,7 +202,7 @@ class Broker:
             self._send(
                 client_id,
                 Refused(
-                    f"process {hello.pid} speaks version {hello.version} of the protocol, this broker version {VERSION}; "
+                    f"process {hello.pid} speaks protocol version {hello.version}, this broker version {VERSION}; "
                     f"use the same release of acb for both, or start a broker of its own with another ACB_RUNTIME_DIR"
                 ),
             )
@@ -230,7 +234,9 @@ class Broker:
         if floor > largest:
             self._send(
                 client.id,
-                Refused(f"process {client.pid} asks for {floor} bytes of GPU memory, but the largest GPU has {largest}"),
+                Refused(
+                    f"process {client.pid} asks for {floor} bytes of GPU memory, but the largest GPU has {largest}"
+                ),
             )
             return
         self._enqueue(client, now)
@@ -297,7 +303,9 @@ class Broker:
                 elif any(c.evacuating for c in self._others(gpu, client)):
                     continue
                 else:
-                    self._send(client.id, Room(False, "the rest of the GPU is held by clients that cannot be evacuated"))
+                    self._send(
+                        client.id, Room(False, "the rest of the GPU is held by clients that cannot be evacuated")
+                    )
                 client.room_wanted = 0
 
     def _schedule(self, now: float) -> None:
@@ -321,7 +329,9 @@ class Broker:
                 ahead = blocked.get(gpu.ordinal)
                 # Nobody overtakes on a GPU, but for those whose memory, which cannot be moved, keeps the first one out:
                 # they must run to their end, or nobody ever will.
-                if ahead is Admission.COMING or (ahead is Admission.STUCK and not (client.unmovable and client.resident)):
+                if ahead is Admission.COMING or (
+                    ahead is Admission.STUCK and not (client.unmovable and client.resident)
+                ):
                     continue
                 admission = self._admit(client, gpu, now, revoked)
                 if admission is Admission.GRANTED:

@@ -1,7 +1,9 @@
 """The gate that every GPU entry passes: open while the lease is held, and a flag test then.
 
-It is Dekker's handshake under the GIL. A thread raises its own depth, then looks at `closed`; the agent raises `closed`,
-then looks at every thread's depth. Whichever comes second sees the other, so no thread can start GPU work after the agent
+It is Dekker's handshake under the GIL. A thread raises its own depth, then looks at `closed`; the agent raises
+`closed`,
+then looks at every thread's depth. Whichever comes second sees the other, so no thread can start GPU work after the
+agent
 has seen a safe point, and an open gate takes no lock. (A free-threaded interpreter gives no such order; acb runs with
 the GIL.)
 """
@@ -59,13 +61,14 @@ class Gate:
     """
 
     def __init__(self, ask: Callable[[], None], idle: Callable[[], None]) -> None:
-        """`ask()` is called, without locks held, by a thread that must wait; `idle()` after a watched region ends."""
+        """`ask()` is called, without locks held, by a thread that must wait, and may raise; `idle()` after a watched
+        region ends."""
         self.closed = True
         self.watched = False
-        self.last_exit = time.monotonic()
+        self.last_exit = self.last_entry = time.monotonic()
         self.last_thread: ThreadState | None = None
         self.gaps: deque[float] = deque(maxlen=64)
-        self.regions = 0
+        self._refusals = 0
         self._ask = ask
         self._idle = idle
         self._states: list[weakref.ref[ThreadState]] = []
@@ -87,10 +90,11 @@ class Gate:
         state.depth = 1
         if self.closed:
             self._wait(state)
-        gap = time.monotonic() - self.last_exit
+        now = time.monotonic()
+        gap = now - self.last_exit
         if gap > MIN_GAP:
             self.gaps.append(gap)
-        self.regions += 1
+            self.last_entry = now
         self.last_thread = state
 
     def exit(self) -> None:
@@ -125,12 +129,13 @@ class Gate:
             state.depth = 0
             if self.watched:
                 self._idle()  # the agent may have seen this thread inside for a moment
+            refusals = self._refusals
             self._ask()
             with self._opened:
-                while self.closed:
-                    # A limit only so that a lost lease is asked for again after the connection broke.
-                    if not self._opened.wait(1.0):
-                        break
+                # The time limit only so that a lease is asked for again when the connection broke in between.
+                end = time.monotonic() + 1.0
+                while self.closed and self._refusals == refusals and (left := end - time.monotonic()) > 0:
+                    self._opened.wait(left)
             state.depth = 1
             if not self.closed:
                 return
@@ -172,6 +177,12 @@ class Gate:
                     listener.open()
             self.last_exit = time.monotonic()  # waiting for the lease is no gap of the program's
             self.closed = False
+            self._opened.notify_all()
+
+    def refuse(self) -> None:
+        """Wake who waits, to ask again: the agent has an answer that is no lease."""
+        with self._opened:
+            self._refusals += 1
             self._opened.notify_all()
 
     def busy(self) -> bool:

@@ -10,8 +10,21 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from acb.broker.core import Broker, Gpu
 from acb.broker.policies import POLICIES
 from acb.protocol import (
-    VERSION, Evacuate, Evacuated, Grant, Hello, Message, MoreRoom, Refused, Request, Restored, Revoke, Room, Uncontended,
-    Welcome, Yield,
+    VERSION,
+    Evacuate,
+    Evacuated,
+    Grant,
+    Hello,
+    Message,
+    MoreRoom,
+    Refused,
+    Request,
+    Restored,
+    Revoke,
+    Room,
+    Uncontended,
+    Welcome,
+    Yield,
 )  # fmt: skip
 
 CAPACITY = 1000
@@ -67,7 +80,11 @@ class Histories(RuleBasedStateMachine):
         fitting = [(i, p) for i, p in self.programs.items() if condition(p)]
         return data.draw(st.sampled_from(fitting)) if fitting else None
 
-    @rule(size=st.integers(0, CAPACITY), hint=st.sampled_from([0, 0, 300, CAPACITY, CAPACITY + 1]), residue=st.sampled_from([0, 30]))
+    @rule(
+        size=st.integers(0, CAPACITY),
+        hint=st.sampled_from([0, 0, 300, CAPACITY, CAPACITY + 1]),
+        residue=st.sampled_from([0, 30]),
+    )
     def come(self, size: int, hint: int, residue: int) -> None:
         if len(self.programs) < 7:
             client, self.next_id = self.next_id, self.next_id + 1
@@ -123,12 +140,19 @@ class Histories(RuleBasedStateMachine):
             self.deliver(self.broker.gone(found[0], self.now))
 
     @precondition(lambda self: self.programs)
-    @rule(data=st.data(), nonsense=st.sampled_from([Yield(5, 10**9), Evacuated(3, 10**6), Restored(0), Room(True), Hello(VERSION, 1, "x")]))
+    @rule(
+        data=st.data(),
+        nonsense=st.sampled_from(
+            [Yield(5, 10**9), Evacuated(3, 10**6), Restored(0), Room(True), Hello(VERSION, 1, "x")]
+        ),
+    )
     def talk_nonsense(self, data: st.DataObject, nonsense: Message) -> None:
         """What a confused client says out of turn changes nothing (a Refused to it is not a refusal of its request)."""
         if found := self.pick(data, lambda p: not (p.lease or p.evacuate or p.waiting)):
             self.now += 0.001
-            self.deliver([s for s in self.broker.handle(found[0], nonsense, self.now) if not isinstance(s.message, Refused)])
+            self.deliver(
+                [s for s in self.broker.handle(found[0], nonsense, self.now) if not isinstance(s.message, Refused)]
+            )
 
     @invariant()
     def rules_hold(self) -> None:

@@ -1,0 +1,78 @@
+"""What the next broker must know if this one dies: its options, and which processes were its clients.
+
+One small JSON file beside the socket, replaced as a whole when a client comes or goes, never on the way of a lease.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def start_time(pid: int) -> int | None:
+    """When the process began, in clock ticks since boot; None when there is no such process. Tells reused pids
+    apart."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    fields = stat[stat.rindex(b")") + 2 :].split()  # the name before may hold anything
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+class Journal:
+    """The file at `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.options: dict[str, Any] = {}
+        self._clients: dict[int, int] = {}
+
+    def read(self) -> bool:
+        """Take in what the broker before left; False when there is nothing, or nothing that can be understood."""
+        try:
+            found = json.loads(self.path.read_text())
+            self.options = dict(found["options"])
+            self._clients = {int(pid): int(start) for pid, start in found["clients"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
+        return True
+
+    def survivors(self) -> set[int]:
+        """The clients of the broker before that still run."""
+        return {pid for pid, start in self._clients.items() if start_time(pid) == start}
+
+    def begin(self, options: dict[str, Any]) -> None:
+        """A new broker has begun with these options. Raises OSError when the file cannot be written."""
+        self.options = options
+        self._clients = {pid: self._clients[pid] for pid in self.survivors()}
+        self._write()
+
+    def came(self, pid: int) -> None:
+        """This process is a client now."""
+        start = start_time(pid)
+        if start is not None:
+            self._clients[pid] = start
+            self._write_if_possible()
+
+    def went(self, pid: int) -> None:
+        """This process is no client any more."""
+        if self._clients.pop(pid, None) is not None:
+            self._write_if_possible()
+
+    def remove(self) -> None:
+        """The broker has ended in order: there is nothing to survive."""
+        self.path.unlink(missing_ok=True)
+
+    def _write_if_possible(self) -> None:
+        try:
+            self._write()
+        except OSError:
+            pass  # a full disk must not stop the broker; at worst its successor waits for nobody
+
+    def _write(self) -> None:
+        draft = self.path.with_suffix(".draft")
+        draft.write_text(json.dumps({"options": self.options, "clients": self._clients}))
+        os.replace(draft, self.path)

@@ -1,0 +1,322 @@
+"""The broker's process: one Unix socket, one loop, the core between what comes in and what goes out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Protocol
+
+from acb._version import __version__
+from acb.broker.core import Broker, Client, Gpu, Send
+from acb.broker.journal import Journal
+from acb.broker.metrics import Metrics
+from acb.broker.policies import POLICIES
+from acb.protocol import (
+    MAX_PACKET,
+    VERSION,
+    AskStatus,
+    AskStop,
+    Goodbye,
+    Hello,
+    Message,
+    ProtocolError,
+    Refused,
+    Status,
+    decode,
+    encode,
+)
+
+RECOVERY = 5.0
+"""Seconds that a new broker waits for the clients of one that died, before it lends their GPU to others."""
+
+CLIENTS_PER_PACKET = 100
+"""So many clients fit a status packet with room to spare."""
+
+
+class Referee(Protocol):
+    """What the server tells a device of its leases; the simulated card checks every operation against it."""
+
+    def set_holders(self, pids: Iterable[int] | None) -> None:
+        """These processes, and no others, may use the GPU from now on; None: there is no broker any more."""
+
+
+class Server:
+    """Listens at `path` for the GPUs given. serve() returns when it is told to stop."""
+
+    def __init__(
+        self,
+        path: Path,
+        gpus: Sequence[Gpu],
+        journal: Journal,
+        referees: Sequence[Referee] = (),
+        scheduler: str = "fifo",
+        description: str = "",
+    ) -> None:
+        self._path = path
+        self._core = Broker(gpus, POLICIES[scheduler]())
+        self._journal = journal
+        self._referees = list(referees)
+        self._metrics = Metrics()
+        self._description = description
+        self._started = time.monotonic()
+        self._connections: dict[int, Connection] = {}
+        self._next_id = 1
+        self._selector = selectors.DefaultSelector()
+        self._stopping = False
+        self._recover_until: float | None = None
+        self._holders: list[set[int]] = [set() for _ in gpus]
+        self._listener = self._listen()
+
+    # --- life ------------------------------------------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Run until a SIGTERM, a SIGINT or a client's AskStop. Leaves nothing behind."""
+        wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wake_write)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._signalled)
+        self._selector.register(wake_read, selectors.EVENT_READ, None)
+        survivors = self._journal.survivors()
+        if survivors:
+            self._core.recover(survivors)
+            self._recover_until = time.monotonic() + RECOVERY
+        for referee in self._referees:
+            referee.set_holders(())
+        try:
+            while not self._stopping:
+                for key, _ in self._selector.select(self._timeout()):
+                    if isinstance(key.data, Connection):
+                        self._readable(key.data)
+                    elif key.fileobj is self._listener:
+                        self._accept()
+                    else:
+                        os.read(wake_read, 4096)
+                self._check_recovery()
+        finally:
+            signal.set_wakeup_fd(-1)
+            self._close()
+
+    def _signalled(self, number: int, frame: object) -> None:
+        self._stopping = True
+
+    def _listen(self) -> socket.socket:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._path.unlink(missing_ok=True)  # the caller holds the lock that says there is no other broker
+        before = os.umask(0o177)
+        try:
+            listener.bind(str(self._path))
+        finally:
+            os.umask(before)
+        listener.listen(512)
+        listener.setblocking(False)
+        self._selector.register(listener, selectors.EVENT_READ, "listener")
+        return listener
+
+    def _close(self) -> None:
+        for connection in list(self._connections.values()):
+            connection.send(Goodbye(os.getpid()))
+            connection.socket.close()
+        for referee in self._referees:
+            referee.set_holders(None)
+        self._listener.close()
+        self._path.unlink(missing_ok=True)
+        self._journal.remove()
+
+    def _timeout(self) -> float | None:
+        return None if self._recover_until is None else 0.05
+
+    def _check_recovery(self) -> None:
+        """The clients of a broker that died: stop waiting for those that are dead too, and for all after a while."""
+        if self._recover_until is None:
+            return
+        waited_for = set(self._core.recovering)
+        if time.monotonic() < self._recover_until:
+            waited_for -= self._journal.survivors()
+        if waited_for:
+            self._deliver(self._core.recovered(waited_for, time.monotonic()))
+        if not self._core.recovering:
+            self._recover_until = None
+
+    # --- connections -----------------------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                try:
+                    accepted, _ = self._listener.accept()
+                except OSError as error:
+                    if isinstance(error, BlockingIOError):
+                        raise
+                    _log(f"cannot accept a connection: {error.strerror}")
+                    return
+                pid, uid = _peer(accepted)
+                if uid not in (os.getuid(), 0):
+                    _log(f"refused a connection of process {pid}: it belongs to user id {uid}")
+                    accepted.close()
+                    continue
+                accepted.setblocking(False)
+                connection = Connection(self._next_id, accepted, pid)
+                self._next_id += 1
+                self._connections[connection.id] = connection
+                self._selector.register(accepted, selectors.EVENT_READ, connection)
+
+    def _readable(self, connection: Connection) -> None:
+        for _ in range(16):  # then it is another one's turn
+            try:
+                packet = connection.socket.recv(MAX_PACKET + 1)
+            except BlockingIOError:
+                return
+            except OSError:
+                packet = b""
+            if not packet:
+                self._drop(connection)
+                return
+            try:
+                message = decode(packet)
+            except ProtocolError as error:
+                _log(f"process {connection.pid} sent nonsense and is disconnected: {error}")
+                connection.send(Refused(str(error)))
+                self._drop(connection)
+                return
+            self._take(connection, message)
+            if connection.id not in self._connections:
+                return
+
+    def _drop(self, connection: Connection) -> None:
+        if self._connections.pop(connection.id, None) is None:
+            return
+        self._selector.unregister(connection.socket)
+        connection.socket.close()
+        if connection.id in self._core.clients:
+            self._journal.went(connection.pid)
+            self._deliver(self._core.gone(connection.id, time.monotonic()))
+
+    # --- messages --------------------------------------------------------------------------------------------------
+
+    def _take(self, connection: Connection, message: Message) -> None:
+        if isinstance(message, AskStatus):
+            for part in self._status():
+                connection.send(part)
+        elif isinstance(message, AskStop):
+            connection.send(Goodbye(os.getpid()))
+            self._stopping = True
+        else:
+            if isinstance(message, Hello):
+                # What the kernel says counts, also where the peer lives in another pid namespace.
+                message = Hello(**{**_fields(message), "pid": connection.pid})
+            self._metrics.received(message)
+            self._deliver(self._core.handle(connection.id, message, time.monotonic()))
+            if isinstance(message, Hello) and connection.id in self._core.clients:
+                self._journal.came(connection.pid)
+
+    def _deliver(self, sends: list[Send]) -> None:
+        """Tell the devices who may use them, then the clients what they are to do."""
+        self._tell_referees()
+        for send in sends:
+            connection = self._connections.get(send.client)
+            if connection is None:
+                continue
+            client = self._core.clients.get(send.client)
+            self._metrics.sent(send.message, client.granted_at - client.asked_at if client else 0.0)
+            if not connection.send(send.message):
+                _log(f"process {connection.pid} does not read what it is sent and is disconnected")
+                self._drop(connection)
+            elif isinstance(send.message, Refused) and send.client not in self._core.clients:
+                self._drop(connection)
+
+    def _tell_referees(self) -> None:
+        for index, gpu in enumerate(self._core.gpus):
+            if gpu.holders != self._holders[index]:
+                self._holders[index] = set(gpu.holders)
+                if index < len(self._referees):
+                    self._referees[index].set_holders([self._core.clients[i].pid for i in sorted(gpu.holders)])
+
+    def _status(self) -> Iterator[Status]:
+        now = time.monotonic()
+        report = {
+            "pid": os.getpid(),
+            "version": __version__,
+            "protocol": VERSION,
+            "socket": str(self._path),
+            "uptime_s": round(now - self._started, 3),
+            "scheduler": self._core.policy.name,
+            "devices": self._description,
+            "gpus": [self._gpu_report(gpu) for gpu in self._core.gpus],
+            "totals": self._metrics.report(),
+        }
+        clients = [_client_report(c, now) for c in sorted(self._core.clients.values(), key=lambda c: c.id)]
+        for begin in range(0, max(1, len(clients)), CLIENTS_PER_PACKET):
+            end = begin + CLIENTS_PER_PACKET
+            yield Status({} if begin else report, clients[begin:end], more=end < len(clients))
+
+    def _gpu_report(self, gpu: Gpu) -> dict[str, Any]:
+        clients = [self._core.clients[i] for i in gpu.bound]
+        return {
+            "ordinal": gpu.ordinal,
+            "visible": gpu.visible,
+            "capacity": gpu.capacity,
+            "resident": sum(c.resident for c in clients if not c.lease),
+            "headroom": sum(c.headroom for c in clients if c.lease),
+            "holders": [self._core.clients[i].pid for i in sorted(gpu.holders)],
+        }
+
+
+class Connection:
+    """One peer: a client, or somebody at the command line."""
+
+    def __init__(self, number: int, accepted: socket.socket, pid: int) -> None:
+        self.id = number
+        self.socket = accepted
+        self.pid = pid
+
+    def send(self, message: Message) -> bool:
+        """Send without waiting; False when the peer has let its buffer fill up."""
+        try:
+            self.socket.send(encode(message))
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass  # it is dead, which reading will show
+        return True
+
+
+def _peer(accepted: socket.socket) -> tuple[int, int]:
+    """Process and user id of the other end, from the kernel."""
+    credentials = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, uid, _ = struct.unpack("3i", credentials)
+    return pid, uid
+
+
+def _fields(message: Message) -> dict[str, Any]:
+    return {field.name: getattr(message, field.name) for field in fields(message)}
+
+
+def _client_report(client: Client, now: float) -> dict[str, Any]:
+    return {
+        "id": client.id,
+        "pid": client.pid,
+        "name": client.name,
+        "state": client.state,
+        "gpu": client.gpu,
+        "resident": client.resident,
+        "evacuated": client.evacuated,
+        "peak": client.peak,
+        "headroom": client.headroom,
+        "waiting_s": round(now - client.asked_at, 3) if client.waiting else None,
+        "leased_s": round(now - client.granted_at, 3) if client.lease else None,
+        "revoked": client.revoked,
+        "unmovable": client.unmovable or None,
+    }
+
+
+def _log(message: str) -> None:
+    print(f"gpu_assigner: {message}", file=sys.stderr, flush=True)  # noqa: T201 - the broker's own log

@@ -1,0 +1,90 @@
+"""The GPUs a broker lends: real ones from NVML, or simulated cards."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from acb.broker.core import Gpu
+from acb.config import EX_CANTCREAT, EX_DATAERR, EX_UNAVAILABLE, ConfigError, SimulatedSpec, format_size, simulated_dir
+
+if TYPE_CHECKING:
+    from acb.devices.simulated import Card
+
+T = TypeVar("T")
+
+
+@dataclass
+class Pool:
+    """GPUs to lend, `cards` when they are simulated, and what the programs' environment must say of them."""
+
+    gpus: list[Gpu]
+    description: str
+    cards: list[Card] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+    directory: Path | None = None
+
+    def close(self) -> None:
+        """Remove the simulated cards, unless a program still uses them."""
+        if self.directory is not None and not any(card.processes() for card in self.cards):
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def parse_gpu_list(text: str) -> list[str]:
+    """``0,1`` or UUIDs; ``all``. Raises ConfigError when an entry is missing or given twice."""
+    entries = [entry.strip() for entry in text.split(",")]
+    if "" in entries or len(set(entries)) != len(entries):
+        raise ConfigError(f"{text!r} is not a list of GPUs; write ordinals or UUIDs, each once, such as 0,1")
+    return entries
+
+
+def real(chosen: Sequence[str] | None) -> Pool:
+    """The machine's GPUs, or those chosen. Raises ConfigError when there are none, or one is unknown."""
+    from acb.devices import nvml
+
+    try:
+        found = nvml.devices()
+    except nvml.NvmlError as error:
+        raise ConfigError(
+            f"{error}; to try acb without a GPU, simulate one: --simulate-gpus 1x2GiB", EX_UNAVAILABLE
+        ) from None
+    if not found:
+        raise ConfigError(
+            "this job may use no GPU; to try acb without one, simulate one: --simulate-gpus 1x2GiB", EX_UNAVAILABLE
+        )
+    known = {str(d.ordinal): d for d in found} | {d.uuid: d for d in found}
+    picked = found if chosen in (None, ["all"]) else [_pick(known, entry) for entry in chosen or ()]
+    gpus = [Gpu(device.ordinal, device.capacity, device.uuid) for device in picked]
+    return Pool(gpus, ", ".join(f"{device.name} ({format_size(device.capacity)})" for device in picked))
+
+
+def simulated(spec: SimulatedSpec, chosen: Sequence[str] | None) -> Pool:
+    """Simulated GPUs. Raises ConfigError when their files cannot be made, or an unknown one is chosen."""
+    from acb.devices.simulated import Card, CardError, create_cards
+
+    ordinals = {str(n): n for n in range(spec.count)}
+    picked = (
+        list(ordinals.values()) if chosen in (None, ["all"]) else [_pick(ordinals, entry) for entry in chosen or ()]
+    )
+    directory = simulated_dir(spec)
+    try:
+        create_cards(directory, spec)
+        cards = [Card.open(directory, n) for n in picked]
+    except (CardError, OSError) as error:
+        raise ConfigError(f"cannot make the simulated GPUs in {directory}: {error}", EX_CANTCREAT) from None
+    return Pool(
+        [Gpu(n, spec.capacity, str(n)) for n in picked],
+        f"{len(picked)} simulated GPU{'s' * (len(picked) > 1)} of {format_size(spec.capacity)}",
+        cards,
+        {"ACB_SIMULATED": str(directory)},
+        directory,
+    )
+
+
+def _pick(known: dict[str, T], entry: str) -> T:
+    if entry not in known:
+        raise ConfigError(f"there is no GPU {entry!r} here; there are: {', '.join(known)}", EX_DATAERR)
+    return known[entry]

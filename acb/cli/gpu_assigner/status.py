@@ -1,0 +1,79 @@
+"""Show what the broker sees: its GPUs, who holds them, who waits, and where everybody's memory is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from acb.cli.gpu_assigner import talk
+from acb.config import EX_UNAVAILABLE, format_size, socket_path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``gpu_assigner status``."""
+    parser.add_argument("--json", action="store_true", help="print everything, as one JSON object")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Ask, and print."""
+    path = socket_path()
+    report = talk.status(path)
+    if report is None:
+        print(f"gpu_assigner: no GPU broker runs at {path}; start one with: gpu_assigner start", file=sys.stderr)
+        return EX_UNAVAILABLE
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _show(report)
+    return 0
+
+
+def _show(report: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    console.print(
+        f"gpu_assigner {report['version']}, process {report['pid']}, up {_duration(report['uptime_s'])}, "
+        f"scheduler {report['scheduler']}, {report['devices']}",
+        soft_wrap=True,
+    )
+    gpus = Table(box=box.SIMPLE_HEAD, title_justify="left")
+    for column in ("GPU", "memory", "promised", "resident", "held by"):
+        gpus.add_column(column, justify="left" if column == "held by" else "right")
+    for gpu in report["gpus"]:
+        holders = ", ".join(str(pid) for pid in gpu["holders"]) or "nobody"
+        sizes = (format_size(gpu[key]) for key in ("capacity", "headroom", "resident"))
+        gpus.add_row(str(gpu["ordinal"]), *sizes, holders)
+    console.print(gpus)
+    if not report["clients"]:
+        console.print("No program is connected.")
+        return
+    clients = Table(box=box.SIMPLE_HEAD)
+    for column in ("process", "program", "state", "GPU", "resident", "evacuated", "peak", "since"):
+        clients.add_column(column, justify="left" if column in ("program", "state") else "right", overflow="fold")
+    for client in report["clients"]:
+        since = client["waiting_s"] if client["waiting_s"] is not None else client["leased_s"]
+        clients.add_row(
+            str(client["pid"]),
+            client["name"],
+            client["state"],
+            "-" if client["gpu"] is None else str(client["gpu"]),
+            *(format_size(client[key]) if client[key] else "-" for key in ("resident", "evacuated", "peak")),
+            "-" if since is None else _duration(since),
+        )
+    console.print(clients)
+    for client in report["clients"]:
+        if client["unmovable"]:
+            console.print(f"process {client['pid']} could not be evacuated: {client['unmovable']}")
+
+
+def _duration(seconds: float) -> str:
+    """``5.2 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

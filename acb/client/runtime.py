@@ -1,0 +1,108 @@
+"""The process's client: one gate, one agent, the evacuators of the frameworks in use. Made on first call of client().
+
+Nothing is connected, and no thread is started, before the program's first GPU entry: until then it costs no GPU
+anything.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from acb.client.evacuation import Evacuator
+
+from acb.client.gate import Gate
+
+
+class LeaseRefused(RuntimeError):
+    """The broker cannot ever give this process what it asks for; the message says why."""
+
+
+class Client:
+    """This process, as the broker will know it."""
+
+    def __init__(self) -> None:
+        from acb.client.agent import Agent
+
+        self.gating = os.environ.get("ACB_BROKER") != "off"
+        simulated = os.environ.get("ACB_SIMULATED")
+        self.simulated = Path(simulated) if simulated else None
+        self.evacuators: list[Evacuator] = []
+        self.agent = Agent(self.evacuators, name=_program_name(), simulated=self.simulated is not None)
+        self.gate = Gate(self.agent.ask, self.agent.idle)
+        self.agent.gate = self.gate
+        if not self.gating:
+            self.gate.open()
+
+    @property
+    def gpu(self) -> int | None:
+        """The ordinal of the GPU that this process is bound to; None before the first lease."""
+        return self.agent.gpu if self.gating else 0
+
+    def add_evacuator(self, evacuator: Evacuator) -> None:
+        """Let the agent move this framework's memory."""
+        self.evacuators.append(evacuator)
+
+    def more_room(self, nbytes: int) -> bool:
+        """Inside a region: ask for `nbytes` beyond what is held now. True: it is there, try again."""
+        return self.gating and self.agent.more_room(nbytes)
+
+
+_client: Client | None = None
+_making = threading.Lock()
+_after_fork: list[Callable[[], None]] = []
+_warned: set[str] = set()
+
+
+def client() -> Client:
+    """The client of this process."""
+    global _client
+    if _client is None:
+        with _making:
+            if _client is None:
+                _client = Client()
+    return _client
+
+
+def after_fork(callback: Callable[[], None]) -> None:
+    """Call `callback()` in every forked child, before the program goes on there. It must not lock, nor log."""
+    _after_fork.append(callback)
+
+
+def _forget() -> None:
+    """In a forked child: it is another process, which holds nothing. The parent's connection must not live on here."""
+    global _client, _making
+    parents, _client, _making = _client, None, threading.Lock()
+    if parents is not None:
+        parents.agent.abandon()
+    for callback in _after_fork:
+        callback()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def warn_once(key: str, message: str) -> None:
+    """One line on stderr, once a process for each key; nothing with ``ACB_QUIET=1``."""
+    if key in _warned:
+        return
+    _warned.add(key)
+    if os.environ.get("ACB_QUIET") == "1":
+        return
+    try:
+        print(f"acb: {message}", file=sys.stderr, flush=True)  # noqa: T201 - the one place that talks to the person
+    except (OSError, ValueError, AttributeError):
+        pass  # the program has closed its stderr
+
+
+def _program_name() -> str:
+    """What ``acb-launch --name`` said, else the program's file name."""
+    name = os.environ.get("ACB_NAME") or os.path.basename(
+        sys.argv[0] if sys.argv and sys.argv[0] not in ("", "-c") else ""
+    )
+    return (name or "python")[:64]
