@@ -1,0 +1,335 @@
+"""Moves every jax array off the GPU and back: the framework tier of evacuation for jax.
+
+An array object stays what it is; its device buffers are deleted, and later it is pointed at new ones with the same
+bits. Arrays that share a buffer share one again afterwards. A program that drops an evacuated array drops its host
+copy too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from acb.client.evacuation import EvacuationError
+from acb.hooks.jax.hostmemory import require_host_memory
+from acb.hooks.jax.internals import GATED, Internals, like, on_gated, passing
+from acb.hooks.jax.pool import check_pool, trim_pool
+from acb.hooks.jax.room import out_of_memory
+
+_HOST_MEMORY = {"pinned_host", "unpinned_host"}
+
+
+class _Buffer:
+    """One device buffer: its bits in host memory, and the single-device array that holds them again once restored."""
+
+    __slots__ = ("array", "aval", "device", "host", "nbytes", "sharding")
+
+    def __init__(self, shard: Any, device: Any, nbytes: int) -> None:
+        self.aval, self.sharding, self.device, self.nbytes = shard.aval, shard._sharding, device, nbytes
+        self.host: Any = None
+        self.array: Any = None
+
+
+class _Evacuated(NamedTuple):
+    """What an array needs to come back."""
+
+    ref: weakref.ref[Any]
+    aval: Any
+    sharding: Any
+    committed: bool
+    format: Any
+    """The layout, with its sharding, where it is not the default one."""
+    buffers: list[_Buffer]
+
+
+class JaxEvacuator:
+    """See acb.client.evacuation.Evacuator."""
+
+    name = "jax"
+
+    def __init__(self, internals: Internals) -> None:
+        self._internals = internals
+        array: Any = internals.ArrayImpl
+        methods = vars(array)
+        # The originals: acb's own calls must not pass the patches of the array type.
+        self._pointer: Callable[[Any], int] = methods["unsafe_buffer_pointer"]
+        self._is_deleted: Callable[[Any], bool] = methods["is_deleted"]
+        self._delete: Callable[[Any], None] = methods["delete"]
+        self._lock = threading.RLock()  # evacuation against deletion by the program
+        self._evacuated: dict[int, _Evacuated] = {}
+        self._pinned: dict[int, weakref.ref[Any]] = {}
+        self._tokens: dict[tuple[int, Any], Any] = {}
+        self._known_peak = 0
+
+    # --- what is there ----------------------------------------------------------------------------------------------
+
+    def synchronize(self) -> None:
+        """Wait until all arrays are computed and all effects have happened."""
+        with passing():
+            waiting: list[Any] = self._live()
+            waiting += [self._tokens.pop(key, None) for key in list(self._tokens)]
+            for value in waiting:
+                if value is not None:
+                    # A failed computation is done too; the program will see its error.
+                    with contextlib.suppress(RuntimeError):
+                        value.block_until_ready()
+
+    def resident(self) -> int:
+        with passing():
+            total = 0
+            for device in self._devices():
+                stats = _memory_stats(device)
+                # What the allocator keeps is out of reach for others, in use or not.
+                total += max(stats.get("bytes_in_use", 0), stats.get("pool_bytes", 0))
+            if not total:
+                total = sum(self._plan(self._live(), strict=False)[1].values())
+            self._known_peak = max(self._known_peak, total)
+            return total
+
+    def peak(self) -> int:
+        """See Evacuator.peak; as jax's allocator counts from the start of the process, it may be an earlier one."""
+        with passing():
+            lifetime = sum(_memory_stats(device).get("peak_bytes_in_use", 0) for device in self._devices())
+        return max(lifetime, self._known_peak, self.resident())
+
+    def reset_peak(self) -> None:
+        self._known_peak = 0
+
+    def _devices(self) -> Iterator[Any]:
+        for backend in self._internals.backends():
+            if backend.platform in GATED:
+                yield from backend.local_devices()
+
+    def _live(self) -> list[Any]:
+        """All arrays in the memory of gated devices that still have their data."""
+        return [
+            array
+            for backend in self._internals.backends()
+            if backend.platform in GATED
+            for array in backend.live_arrays()
+            if not self._is_deleted(array) and getattr(array._sharding, "memory_kind", None) not in _HOST_MEMORY
+        ]
+
+    # --- away -------------------------------------------------------------------------------------------------------
+
+    def evacuate(self) -> int:
+        """See Evacuator.evacuate."""
+        with passing(), self._lock:
+            for device in self._devices():
+                check_pool(device)
+            arrays = self._live()
+            plans, sizes = self._plan(arrays, strict=True)
+            moved = sum(sizes.values())
+            if not plans:
+                return 0
+            require_host_memory(moved)
+            self._copy_out(plans)
+            try:
+                for plan in plans:
+                    array = plan.ref()
+                    if array is not None:
+                        self._evacuated[id(array)] = plan
+                        self._delete(array)
+            except Exception as error:
+                self.restore()
+                raise EvacuationError(f"jax did not free an array: {error}") from error
+            del arrays, array
+            trim_pool()
+            return moved
+
+    def _plan(self, arrays: list[Any], *, strict: bool) -> tuple[list[_Evacuated], dict[Any, int]]:
+        """What is to be done for each array, and the bytes of each buffer.
+
+        With `strict`, raises EvacuationError for an array that cannot be moved; else such arrays are only counted.
+        """
+        buffers: dict[Any, _Buffer] = {}
+        plans = []
+        for array in arrays:
+            try:
+                shards = array._arrays
+            except RuntimeError:
+                continue  # deleted by the program just now
+            if strict:
+                self._refuse_immovable(array)
+            own = []
+            for shard in shards:
+                device = shard._sharding._internal_device_list[0]
+                nbytes = shard.on_device_size_in_bytes()
+                key = (id(device), self._pointer(shard), nbytes) if nbytes else (id(shard),)
+                if key not in buffers:
+                    buffers[key] = _Buffer(shard, device, nbytes)
+                    if strict:
+                        buffers[key].array = shard
+                own.append(buffers[key])
+            if strict:
+                plans.append(self._describe(array, own))
+        return plans, {key: buffer.nbytes for key, buffer in buffers.items()}
+
+    def _describe(self, array: Any, buffers: list[_Buffer]) -> _Evacuated:
+        identity = id(array)
+        evacuated = self._evacuated
+
+        def forget(ref: weakref.ref[Any]) -> None:
+            entry = evacuated.get(identity)
+            if entry is not None and entry.ref is ref:
+                evacuated.pop(identity, None)
+
+        return _Evacuated(
+            weakref.ref(array, forget), array.aval, array._sharding, array._committed, _special_format(array), buffers
+        )
+
+    def _refuse_immovable(self, array: Any) -> None:
+        if not array._sharding.is_fully_addressable:
+            raise EvacuationError("a jax array spans GPUs of other processes")
+        pinned = self._pinned.get(id(array))
+        if pinned is not None and pinned() is array:
+            raise EvacuationError("the program holds the GPU address of a jax array")
+
+    def _copy_out(self, plans: list[_Evacuated]) -> None:
+        """Fill in every buffer's host copy; all copies are begun before the first is waited for."""
+        buffers = list({id(buffer): buffer for plan in plans for buffer in plan.buffers}.values())
+        try:
+            for buffer in buffers:
+                with contextlib.suppress(RuntimeError):
+                    buffer.array._copy_single_device_array_to_host_async()
+            for buffer in buffers:
+                buffer.host = _to_host(buffer.array)
+        except (MemoryError, RuntimeError) as error:
+            raise EvacuationError(f"jax arrays could not be copied to host memory: {error}") from error
+        for buffer in buffers:
+            buffer.array = None
+
+    # --- and back ---------------------------------------------------------------------------------------------------
+
+    def restore(self) -> int:
+        """See Evacuator.restore."""
+        moved = 0
+        restored = []
+        with passing(), self._lock, self._internals.config.enable_x64(True):
+            for identity, entry in list(self._evacuated.items()):
+                array = entry.ref()
+                if array is None:
+                    continue
+                for buffer in entry.buffers:
+                    if buffer.array is None:
+                        buffer.array = self._put(buffer)
+                        moved += buffer.nbytes
+                array._replace_with(self._assemble(entry))
+                self._evacuated.pop(identity, None)
+                restored.append(array)
+            for array in restored:
+                array.block_until_ready()
+        return moved
+
+    def _put(self, buffer: _Buffer) -> Any:
+        try:
+            return self._internals.xla_client.batched_device_put(
+                buffer.aval, buffer.sharding, [buffer.host], [buffer.device], True
+            )
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise MemoryError(str(error)) from error
+            raise
+
+    def _assemble(self, entry: _Evacuated) -> Any:
+        """A new array of restored buffers, the same as the evacuated one in every respect."""
+        shards = [buffer.array for buffer in entry.buffers]
+        array = self._internals.ArrayImpl(
+            entry.aval, entry.sharding, shards, committed=entry.committed, _skip_checks=True
+        )
+        if entry.format is None:
+            return array
+        import jax
+
+        special = jax.jit(lambda x: x, out_shardings=entry.format)(array)
+        special.block_until_ready()
+        return self._internals.ArrayImpl(
+            entry.aval, entry.sharding, list(special._arrays), committed=entry.committed, _skip_checks=True
+        )
+
+    # --- what the program does meanwhile ------------------------------------------------------------------------------
+
+    def pin(self, array: Any) -> None:
+        """The program has the address of `array`: refuse to move it as long as it lives."""
+        identity = id(array)
+        pinned = self._pinned
+        pinned[identity] = weakref.ref(array, lambda ref: pinned.pop(identity, None))
+
+    def wrap_is_deleted(self, original: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        """ArrayImpl.is_deleted, for which an evacuated array is not deleted."""
+        evacuated = self._evacuated
+
+        @like(original)
+        def is_deleted(array: Any) -> bool:
+            return original(array) and id(array) not in evacuated
+
+        return is_deleted
+
+    def wrap_delete(self, original: Callable[[Any], None]) -> Callable[[Any], None]:
+        """ArrayImpl.delete, after which an evacuated array does not come back."""
+
+        @like(original)
+        def delete(array: Any) -> None:
+            if not on_gated(array):
+                original(array)
+                return
+            with self._lock:
+                entry = self._evacuated.pop(id(array), None)
+                if entry is not None:
+                    self._forget_aliases(entry)
+                original(array)
+
+        return delete
+
+    def _forget_aliases(self, deleted: _Evacuated) -> None:
+        """Deleting an array deletes its buffers, and so every array that shares one."""
+        gone = {id(buffer) for buffer in deleted.buffers}
+        for identity, entry in list(self._evacuated.items()):
+            if any(id(buffer) in gone for buffer in entry.buffers):
+                self._evacuated.pop(identity, None)
+
+    def wrap_tokens(self, original: Callable[..., None]) -> Callable[..., None]:
+        """RuntimeTokenSet.set_output_runtime_token, which is per thread, seen by synchronize()."""
+        tokens = self._tokens
+
+        @like(original)
+        def set_output_runtime_token(token_set: Any, device: Any, token: Any) -> None:
+            original(token_set, device, token)
+            if device.platform in GATED:
+                tokens[threading.get_ident(), device] = token
+
+        return set_output_runtime_token
+
+
+def _memory_stats(device: Any) -> dict[str, int]:
+    """What the device's allocator says; nothing where it says nothing."""
+    try:
+        return device.memory_stats() or {}
+    except (RuntimeError, AttributeError):
+        return {}
+
+
+def _to_host(shard: Any) -> Any:
+    """A copy of a single-device array in host memory of its own, bit for bit."""
+    import numpy
+
+    if hasattr(shard, "_single_device_array_to_np_array_did_copy"):
+        host, copied = shard._single_device_array_to_np_array_did_copy()
+    else:
+        host, copied = shard._single_device_array_to_np_array(), False
+    return host if copied else numpy.array(host, copy=True, order="C")
+
+
+def _special_format(array: Any) -> Any:
+    """The array's format when its layout in memory is not the default one, else None."""
+    try:
+        array_format = array.format if hasattr(type(array), "format") else array.layout
+        layout = array_format.layout if hasattr(array_format, "layout") else array_format.device_local_layout
+        order = layout.major_to_minor
+        plain = tuple(range(len(order)))
+        return None if tuple(order) == plain else array_format
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+        return None

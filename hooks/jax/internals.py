@@ -1,0 +1,109 @@
+"""Where jax keeps what acb patches, from 0.4.30 to 0.10, and how one patch is put in place."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+GATED = {"cuda", "gpu"}
+"""The platforms whose work passes the gate, by both names that jax gives them."""
+
+
+def gate_platform(platform: str) -> None:
+    """Gate another platform too, such as ``cpu``: for measuring the gate, and testing it, where there is no GPU."""
+    GATED.add(platform)
+
+
+class Internals:
+    """The modules and classes of the jax in this process; an attribute that this version lacks raises."""
+
+    def __init__(self) -> None:
+        self.config: Any = importlib.import_module("jax._src.config")
+        self.pjit: Any = importlib.import_module("jax._src.pjit")
+        self.pxla: Any = importlib.import_module("jax._src.interpreters.pxla")
+        self.mlir: Any = importlib.import_module("jax._src.interpreters.mlir")
+        self.dispatch: Any = importlib.import_module("jax._src.dispatch")
+        self.array: Any = importlib.import_module("jax._src.array")
+        self.xla_bridge: Any = importlib.import_module("jax._src.xla_bridge")
+        self.xla_client: Any = importlib.import_module("jax._src.lib").xla_client
+        self.ArrayImpl: Any = self.xla_client.ArrayImpl
+        self.Client: Any = self.extension.Client
+        self.Device: Any = self.xla_client.Device
+        self.LoadedExecutable: Any = self.extension.LoadedExecutable
+
+    @functools.cached_property
+    def extension(self) -> Any:
+        """The C++ module: jaxlib._jax, which was called xla_extension before 0.6."""
+        lib = importlib.import_module("jax._src.lib")
+        return getattr(lib, "_jax", None) or self.xla_client._xla
+
+    def backends(self) -> list[Any]:
+        """The initialised backends, without taking jax's lock: a program's thread may hold it while it waits at the
+        gate.
+        """
+        return list(self.xla_bridge._backends.values())
+
+
+class _Thread(threading.local):
+    """What acb knows of a thread: whether it passes the gate unseen, as acb's own work and callbacks from the device
+    do.
+    """
+
+    passes = False
+
+
+thread = _Thread()
+
+
+class passing:
+    """Within this context the thread's jax calls pass the gate unseen."""
+
+    def __enter__(self) -> None:
+        self._before, thread.passes = thread.passes, True
+
+    def __exit__(self, *_: object) -> None:
+        thread.passes = self._before
+
+
+def on_gated(value: Any) -> bool:
+    """Whether a jax array lies, or lay before it was evacuated, on a gated platform. Anything else: no."""
+    try:
+        return value._sharding._internal_device_list[0].platform in GATED
+    except (AttributeError, IndexError, TypeError):
+        return False
+
+
+def apply(patches: list[Callable[[Internals], None]], internals: Internals) -> None:
+    """Put patches in place, one by one; one that does not fit this version of jax is said once and left out."""
+    from acb.client.runtime import warn_once
+
+    for patch in patches:
+        try:
+            patch(internals)
+        except Exception as error:
+            name = patch.__name__.strip("_")
+            warn_once(f"jax:{name}", f"jax is used without {name!r}, which does not fit this version of jax: {error!r}")
+
+
+def replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
+    """Put ``wrap(original)`` in the place of a function, method or property. Raises AttributeError where there is
+    none.
+    """
+    setattr(owner, name, wrap(getattr(owner, name)))
+
+
+def like(original: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """functools.wraps for the methods of C++ classes too, which have no proper names to copy."""
+
+    def named(wrapper: Callable[..., Any]) -> Callable[..., Any]:
+        for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+            value = getattr(original, name, None)
+            if isinstance(value, str):
+                setattr(wrapper, name, value)
+        wrapper.__wrapped__ = original  # type: ignore[attr-defined]
+        return wrapper
+
+    return named

@@ -1,0 +1,54 @@
+"""Repeats what ran out of GPU memory, once the broker has made room; otherwise the program sees jax's own error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from acb.client import runtime
+from acb.hooks.jax.internals import like, thread
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_ASKED = re.compile(r"allocate\s+([\d.]+)\s*(?:([KMGT])i?)?(?:B|bytes)", re.IGNORECASE)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether jax says that a device's memory is exhausted."""
+    return isinstance(error, RuntimeError) and str(error).startswith("RESOURCE_EXHAUSTED")
+
+
+def asked_for(error: BaseException) -> int:
+    """The bytes that an out-of-memory error says were wanted; 0 when it does not say."""
+    match = _ASKED.search(str(error))
+    return int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
+
+
+def again_with_more_room(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The same callable; out of memory, it asks for room and tries again, unless that would not be the same call.
+
+    A failed computation may have consumed donated arguments already; then it is not repeated.
+    """
+
+    @like(original)
+    def roomy(*args: Any, **kwargs: Any) -> Any:
+        while True:
+            try:
+                return original(*args, **kwargs)
+            except RuntimeError as error:
+                if thread.passes or not out_of_memory(error) or any(map(_consumed, args)):
+                    raise
+                if not runtime.client().more_room(asked_for(error) or 1):
+                    raise
+
+    return roomy
+
+
+def _consumed(value: Any) -> bool:
+    """Whether an argument, or one of a list, is an array that no longer has its data."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_consumed, value))
+    try:
+        return bool(value.is_deleted())
+    except (AttributeError, RuntimeError):
+        return False

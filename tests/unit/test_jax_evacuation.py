@@ -1,0 +1,294 @@
+"""Evacuating and restoring jax arrays: every bit, alias, sharding and type as before; what is dropped stays away."""
+
+from __future__ import annotations
+
+import gc
+import os
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+from acb.client.evacuation import EvacuationError  # noqa: E402
+from acb.hooks.jax import evacuator as evacuation  # noqa: E402
+from acb.hooks.jax import internals  # noqa: E402
+
+DTYPES = [
+    "bool", "int4", "uint4", "int8", "uint16", "int32", "float16", "bfloat16", "float32", "float8_e4m3fn", "complex64",
+]  # fmt: skip
+
+
+@pytest.fixture
+def evacuator(monkeypatch: pytest.MonkeyPatch) -> Iterator[evacuation.JaxEvacuator]:
+    """An evacuator to which the CPU is a GPU."""
+    monkeypatch.setattr(internals, "GATED", internals.GATED)
+    internals.GATED.add("cpu")
+    try:
+        yield evacuation.JaxEvacuator(internals.Internals())
+    finally:
+        internals.GATED.discard("cpu")
+
+
+def bits(array: Any) -> bytes:
+    return np.array(array, copy=True).tobytes()
+
+
+def describe(array: Any) -> tuple[Any, ...]:
+    return array.aval, array.weak_type, array.sharding, array.committed, array.format, bits(array)
+
+
+def gone(array: Any) -> bool:
+    return bool(array.is_deleted())
+
+
+@given(
+    dtype=st.sampled_from(DTYPES),
+    shape=st.lists(st.integers(0, 5), max_size=3).map(tuple),
+    seed=st.integers(0, 2**32 - 1),
+    committed=st.booleans(),
+    turns=st.integers(1, 2),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_bit_comes_back(
+    evacuator: evacuation.JaxEvacuator, dtype: str, shape: tuple[int, ...], seed: int, committed: bool, turns: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    kind = jnp.dtype(dtype)
+    if dtype in ("bool", "int4", "uint4"):
+        host = rng.integers(0, 2 if dtype == "bool" else 7, shape).astype(kind)
+    else:  # any bits, also those of a NaN with a payload
+        count = int(np.prod(shape, dtype=int)) * kind.itemsize
+        host = np.frombuffer(rng.bytes(count), kind).reshape(shape)
+    array = jax.device_put(host, jax.devices()[0] if committed else None)
+    before = describe(array)
+    for _ in range(turns):
+        assert evacuator.evacuate() >= 0
+        assert gone(array)
+        evacuator.restore()
+    assert describe(array) == before
+    assert before[-1] == host.tobytes()
+
+
+@given(
+    steps=st.lists(
+        st.sampled_from(["new", "drop", "alias", "key", "weak", "jit", "delete", "evacuate", "restore"]), max_size=25
+    )
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_history_ends_with_what_a_program_would_have_without(
+    evacuator: evacuation.JaxEvacuator, steps: list[str]
+) -> None:
+    arrays: list[Any] = []
+    expected: list[Any] = []
+    away = False
+    for number, step in enumerate(steps):
+        if step == "evacuate":
+            evacuator.evacuate()
+            away = True
+        elif step == "restore":
+            evacuator.restore()
+            away = False
+        elif step == "drop" and arrays:
+            del arrays[0], expected[0]
+        elif away:
+            continue  # the gate keeps the program from this
+        elif step == "new":
+            arrays.append(jnp.full((3,), number))
+            expected.append(np.full((3,), number))
+        elif step == "alias" and arrays:
+            arrays.append(arrays[-1].addressable_data(0))
+            expected.append(expected[-1])
+        elif step == "key":
+            arrays.append(jax.random.key_data(jax.random.key(number)))
+            expected.append(np.array(arrays[-1]))
+        elif step == "weak":
+            arrays.append(jnp.asarray(number))
+            expected.append(np.array(number))
+        elif step == "jit" and arrays:
+            arrays.append(jax.jit(lambda a: a + 1)(arrays[-1]))
+            expected.append(expected[-1] + 1)
+        elif step == "delete":
+            victim = jnp.zeros(4)
+            victim.delete()
+    evacuator.restore()
+    evacuator.synchronize()
+    assert [np.asarray(a).tolist() for a in arrays] == [e.tolist() for e in expected]
+
+
+def test_aliases_stay_aliases_and_distinct_arrays_distinct(evacuator: evacuation.JaxEvacuator) -> None:
+    first = jnp.arange(5.0)
+    alias = first.addressable_data(0)
+    other = jnp.arange(5.0)
+    before = evacuator.resident()
+    evacuator.evacuate()
+    assert evacuator.resident() == 0
+    evacuator.restore()
+    assert evacuator.resident() == before
+    assert first.unsafe_buffer_pointer() == alias.unsafe_buffer_pointer() != other.unsafe_buffer_pointer()
+    first.delete()
+    assert gone(alias)
+    assert other.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_keys_constants_weak_types_and_layouts(evacuator: evacuation.JaxEvacuator) -> None:
+    key = jax.random.key(3)
+    constant = jnp.arange(3.0)
+    function = jax.jit(lambda a: a + constant)
+    weak = jnp.asarray(2) * 3
+    transposed = jax.jit(lambda a: a.T)(jnp.arange(6.0).reshape(2, 3))
+    expected = (
+        jax.random.normal(key, (2,)).tolist(),
+        function(jnp.ones(3)).tolist(),
+        describe(weak),
+        describe(transposed),
+    )
+    evacuator.evacuate()
+    evacuator.restore()
+    assert (
+        jax.random.normal(key, (2,)).tolist(), function(jnp.ones(3)).tolist(), describe(weak), describe(transposed)
+    ) == expected  # fmt: skip
+
+
+def test_an_unusual_layout_comes_back(evacuator: evacuation.JaxEvacuator) -> None:
+    layouts = pytest.importorskip("jax.experimental.layout")
+    plain = jnp.arange(6.0).reshape(2, 3)
+    array = jax.device_put(plain, layouts.Format(layouts.Layout((1, 0)), plain.sharding))
+    before = describe(array)
+    assert before[4].layout.major_to_minor == (1, 0)
+    evacuator.evacuate()
+    evacuator.restore()
+    assert describe(array) == before
+
+
+def test_64_bit_arrays_made_in_a_context_come_back_outside_it(evacuator: evacuation.JaxEvacuator) -> None:
+    with jax.enable_x64(True):
+        array = jnp.arange(3, dtype=jnp.float64) / 3
+    before = bits(array)
+    evacuator.evacuate()
+    evacuator.restore()
+    assert (array.dtype, bits(array)) == (np.float64, before)
+
+
+def test_donated_and_deleted_arrays_are_left_alone(evacuator: evacuation.JaxEvacuator) -> None:
+    donated, kept = jnp.ones(4), jnp.ones(4)
+    result = jax.jit(lambda a: a + 1, donate_argnums=0)(donated)
+    deleted = jnp.zeros(3)
+    deleted.delete()
+    evacuator.evacuate()
+    evacuator.restore()
+    assert gone(donated)
+    assert gone(deleted)
+    assert (kept + result).tolist() == [3] * 4
+
+
+def test_what_is_dropped_while_evacuated_is_dropped_for_good(evacuator: evacuation.JaxEvacuator) -> None:
+    array = jnp.ones(1000)
+    ref = weakref.ref(array)
+    evacuator.evacuate()
+    (entry,) = [e for e in evacuator._evacuated.values() if e.ref() is array]
+    host = weakref.ref(entry.buffers[0].host)
+    del array, entry
+    gc.collect()
+    assert ref() is None
+    assert host() is None
+    before = evacuator.resident()
+    evacuator.restore()
+    assert all(a.nbytes != 4000 for a in evacuator._live())
+    assert before == 0
+
+
+def test_deleting_while_evacuated_deletes(evacuator: evacuation.JaxEvacuator) -> None:
+    array = jnp.ones(3)
+    alias = array.addressable_data(0)
+    kept = jnp.zeros(2)
+    delete = evacuator.wrap_delete(type(array).delete)
+    is_deleted = evacuator.wrap_is_deleted(type(array).is_deleted)
+    evacuator.evacuate()
+    assert not is_deleted(array)
+    delete(array)
+    assert is_deleted(array)
+    assert is_deleted(alias)
+    evacuator.restore()
+    assert gone(array)
+    assert kept.tolist() == [0, 0]
+
+
+def test_no_host_memory_leaves_everything_resident(
+    evacuator: evacuation.JaxEvacuator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = [jnp.full(5, i) for i in range(4)]
+    before, resident = [describe(a) for a in arrays], evacuator.resident()
+    copied: list[Any] = []
+    original = evacuation._to_host
+
+    def fails_third(shard: Any) -> Any:
+        copied.append(shard.shape)
+        if len(copied) == 3:
+            raise MemoryError("no host memory")
+        return original(shard)
+
+    monkeypatch.setattr(evacuation, "_to_host", fails_third)
+    with pytest.raises(EvacuationError, match="no host memory"):
+        evacuator.evacuate()
+    assert evacuator.resident() == resident
+    assert [describe(a) for a in arrays] == before
+    monkeypatch.setattr("acb.hooks.jax.hostmemory.available", lambda: 0)
+    with pytest.raises(EvacuationError, match="do not fit into host memory"):
+        evacuator.evacuate()
+    assert [describe(a) for a in arrays] == before
+
+
+def test_no_room_to_restore_keeps_the_rest_in_host_memory(
+    evacuator: evacuation.JaxEvacuator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = [jnp.full(5, i) for i in range(4)]
+    before = [describe(a) for a in arrays]
+    evacuator.evacuate()
+    original = evacuator._put
+    count = 0
+
+    def fails_second(buffer: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise MemoryError("no room")
+        return original(buffer)
+
+    monkeypatch.setattr(evacuator, "_put", fails_second)
+    with pytest.raises(MemoryError, match="no room"):
+        evacuator.restore()
+    assert 0 < evacuator.resident() < sum(a.nbytes for a in arrays) + 10000
+    assert evacuator.restore() > 0
+    assert [describe(a) for a in arrays] == before
+    assert evacuator.restore() == 0
+
+
+def test_an_array_whose_address_is_known_is_not_moved(evacuator: evacuation.JaxEvacuator) -> None:
+    array = jnp.ones(3)
+    evacuator.pin(array)
+    with pytest.raises(EvacuationError, match="address"):
+        evacuator.evacuate()
+    assert array.tolist() == [1, 1, 1]
+    del array
+    gc.collect()
+    evacuator.evacuate()
+    evacuator.restore()
+
+
+def test_peak_and_resident_follow_the_arrays(evacuator: evacuation.JaxEvacuator) -> None:
+    gc.collect()
+    evacuator.reset_peak()
+    base = evacuator.resident()
+    array = jnp.ones(1000, jnp.float32)
+    assert evacuator.resident() == base + 4000
+    assert evacuator.peak() >= base + 4000
+    del array
