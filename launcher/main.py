@@ -13,8 +13,8 @@ input and output are its own. A broker is started when none runs.
 
 ACB_DISABLE=1 in the environment runs COMMAND as if acb-launch were not there.
 
-Exit statuses of acb-launch itself: 64 wrong usage, 69 no broker or no GPU, 73 a directory or file that cannot be
-used, 126 COMMAND cannot be executed, 127 COMMAND is not found.
+Exit statuses of acb-launch itself: 2 wrong usage, 69 no broker or no GPU, 73 a directory or file that cannot be used,
+126 COMMAND cannot be executed, 127 COMMAND is not found.
 """
 
 from __future__ import annotations

@@ -28,7 +28,6 @@ try:
             )
             _module = _frozen_importlib.module_from_spec(_spec)  # type: ignore[arg-type]
             _spec.loader.exec_module(_module)  # type: ignore[union-attr]
-            sys.modules["acb.launcher.finder"] = _module
             _module.install(os.path.dirname(os.path.dirname(_launcher)))
         elif not os.environ.get("ACB_QUIET") and not os.environ.get("ACB_OLD_PYTHON"):
             os.environ["ACB_OLD_PYTHON"] = "1"  # children need not say it again
