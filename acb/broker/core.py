@@ -56,6 +56,13 @@ from acb.protocol import (
 MARGIN = 1.1
 """Headroom over the measured peak: the factor that Fujitsu's broker uses on its 99th percentile."""
 
+STEADY = 3
+"""So many leases in a row without a new peak, and a client's peak is believed to be the most it needs.
+
+A program's first phases often only load its model. Room that is found short in the middle of a computation cannot be
+asked for then, so until the peak has settled the client gets the whole GPU.
+"""
+
 
 class Send(NamedTuple):
     """An instruction: deliver `message` to the client of this id."""
@@ -108,6 +115,7 @@ class Client:
     resident: int = 0
     evacuated: int = 0
     peak: int = 0
+    steady: int = 0
     evacuating: bool = False
     emptied: bool = False
     revoked: bool = False
@@ -247,7 +255,9 @@ class Broker:
         self._gpu(client).holders.discard(client.id)
         client.lease = client.revoked = False
         client.headroom, client.unmovable, client.yielded_at = 0, "", now
+        before = client.peak
         self._measure(client, message.resident, message.peak)
+        client.steady = client.steady + 1 if client.peak <= before else 0
         if client.room_wanted:
             client.room_wanted = 0
             self._send(client.id, Room(False, "the lease was given back"))
@@ -381,13 +391,14 @@ class Broker:
         return want <= room
 
     def _want(self, client: Client, gpu: Gpu) -> int:
-        """Bytes that the client should have in all: what is known of it, with a margin.
+        """Bytes that the client should have in all: what it said, or its settled peak with a margin.
 
         Nothing is known: the whole GPU, less what others cannot take with them when they are evacuated.
         """
         left_behind = sum(o.resident for o in self._others(gpu, client) if o.emptied)
-        known = max(client.hint, client.need, int(client.peak * MARGIN), client.resident + client.evacuated)
-        return min(gpu.capacity - left_behind, known) if known else gpu.capacity - left_behind
+        if not (client.hint or client.need or client.steady >= STEADY):
+            return gpu.capacity - left_behind
+        return min(gpu.capacity - left_behind, max(self._floor(client), int(client.peak * MARGIN)))
 
     def _floor(self, client: Client) -> int:
         """Bytes that the client must have in all to run at all; 0: unknown."""

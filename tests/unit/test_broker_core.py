@@ -225,6 +225,17 @@ def test_memory_that_fits_beside_stays_resident() -> None:
     assert broker.clients[1].state == "resident"
 
 
+def test_a_peak_is_believed_only_when_it_has_settled() -> None:
+    broker = _broker(1)
+    headrooms = []
+    for peak in (100, 300, 300, 200, 300, 300):
+        [(_, grant)] = broker.handle(1, Request(), 0.0)
+        assert isinstance(grant, Grant)
+        headrooms.append(grant.headroom)
+        broker.handle(1, Yield(50, peak), 0.0)
+    assert headrooms == [CAPACITY, CAPACITY, CAPACITY, CAPACITY, CAPACITY, 330]
+
+
 def test_a_request_that_no_gpu_can_hold_is_refused_with_the_sizes() -> None:
     broker = _broker(1, hint=CAPACITY + 1)
     [(_, refused)] = broker.handle(1, Request(), 0.0)
@@ -259,7 +270,7 @@ def test_a_client_that_cannot_be_moved_may_overtake_the_one_it_keeps_out() -> No
     broker.handle(2, Request(), 0.0)
     broker.handle(1, Yield(600, 600, wants=True), 1.0)
     granted, revoked = broker.handle(1, Evacuated(600, 0, 0.0, "captured CUDA graphs"), 1.1)
-    assert granted == (1, Grant(0, "GPU-x", 660))
+    assert granted == (1, Grant(0, "GPU-x", CAPACITY))
     assert revoked == (1, Revoke(1.0))
     assert broker.gone(1, 9.0) == [(2, Grant(0, "GPU-x", CAPACITY))]
 
