@@ -1,0 +1,1 @@
+"""What acb costs, one module a question: ``python -m benchmarks.NAME``."""

@@ -1,0 +1,44 @@
+"""The benchmarks run and report; how fast things are is no business of a test."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def figures(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    """What a benchmark writes to its JSON file, and what it prints."""
+    file = tmp_path / "figures.json"
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments, "--json", str(file)], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(file.read_text())
+    assert {"cpu", "cores", "python"} <= found["machine"].keys()
+    return found, done.stdout
+
+
+def test_the_handover_is_compared_with_a_round_trip(tmp_path: Path) -> None:
+    found, printed = figures(tmp_path, "benchmarks.handover", "--rounds", "6")
+    assert found["handover_us"] > 0
+    assert found["roundtrip_us"] > 0
+    assert found["ratio"] == found["handover_us"] / found["roundtrip_us"]
+    assert found["rounds"] == 6
+    for name in ("handover", "roundtrip", "roundtrip_hot"):
+        spread = found[f"{name}_percentiles_us"]
+        assert spread["min"] <= spread["p10"] <= spread["p50"] <= spread["p90"] <= spread["p99"] <= spread["max"]
+    assert "simulated" in printed
+    assert "at most 3" in printed
+
+
+def test_a_benchmark_refuses_an_impossible_number_of_rounds() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.handover", "--rounds", "0"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "at least 1" in done.stderr
