@@ -5,7 +5,7 @@ A policy ranks and performs nothing: it is given the broker's view and returns a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -50,6 +50,10 @@ class Fifo:
 
     name = "fifo"
 
+    def __init__(self, quantum: float | None = None) -> None:
+        """With `quantum`, in seconds, every lease is protected for just so long, whatever swapping costs."""
+        self.fixed_quantum = quantum
+
     def order(self, waiting: Iterable[Client]) -> Sequence[Client]:
         """In the order of their requests."""
         return sorted(waiting, key=lambda client: client.asked_order)
@@ -65,7 +69,9 @@ class Fifo:
         return sorted(candidates, key=lambda client: client.yielded_at)
 
     def quantum(self, holder: Client, waiting: Client) -> float:
-        """A multiple of what changing places costs, within bounds."""
+        """A multiple of what changing places costs, within bounds; or what was fixed."""
+        if self.fixed_quantum is not None:
+            return self.fixed_quantum
         swap = _swap_seconds(holder) + _swap_seconds(waiting)
         return min(MAX_QUANTUM, max(MIN_QUANTUM, SWAPS_PER_QUANTUM * swap))
 
@@ -77,5 +83,5 @@ def _swap_seconds(client: Client) -> float:
     return 2 * max(client.peak, client.resident + client.evacuated) / ASSUMED_BANDWIDTH
 
 
-POLICIES: dict[str, type[Policy]] = {"fifo": Fifo, "simple": Fifo}
-"""By the names that ``--scheduler`` takes."""
+POLICIES: dict[str, Callable[[float | None], Policy]] = {"fifo": Fifo, "simple": Fifo}
+"""By the names that ``--scheduler`` takes; each is made with the ``--quantum`` (None: from measured swap costs)."""

@@ -59,10 +59,11 @@ class Server:
         journal: Journal,
         referees: Sequence[Referee] = (),
         scheduler: str = "fifo",
+        quantum: float | None = None,
         description: str = "",
     ) -> None:
         self._path = path
-        self._core = Broker(gpus, POLICIES[scheduler]())
+        self._core = Broker(gpus, POLICIES[scheduler](quantum))
         self._journal = journal
         self._referees = list(referees)
         self._metrics = Metrics()

@@ -64,7 +64,7 @@ class Histories(RuleBasedStateMachine):
 
     @initialize(policy=st.sampled_from(sorted(POLICIES)), slots=st.integers(1, 2), gpus=st.integers(1, 2))
     def start(self, policy: str, slots: int, gpus: int) -> None:
-        self.broker = Broker([Gpu(i, CAPACITY, str(i), slots) for i in range(gpus)], POLICIES[policy]())
+        self.broker = Broker([Gpu(i, CAPACITY, str(i), slots) for i in range(gpus)], POLICIES[policy](None))
         self.programs: dict[int, Program] = {}
         self.now, self.next_id = 0.0, 1
 
@@ -195,7 +195,7 @@ TestHistories = pytest.mark.timeout(300)(Histories.TestCase)
 
 
 def _broker(count: int, hint: int = 0, slots: int = 1) -> Broker:
-    broker = Broker([Gpu(0, CAPACITY, "GPU-x", slots)], POLICIES["fifo"]())
+    broker = Broker([Gpu(0, CAPACITY, "GPU-x", slots)], POLICIES["fifo"](None))
     for client in range(1, count + 1):
         broker.handle(client, Hello(VERSION, 100 + client, f"p{client}", memory_hint=hint), 0.0)
     return broker
@@ -276,7 +276,7 @@ def test_a_client_that_cannot_be_moved_may_overtake_the_one_it_keeps_out() -> No
 
 
 def test_a_new_broker_grants_nothing_before_the_old_ones_clients_have_spoken() -> None:
-    broker = Broker([Gpu(0, CAPACITY)], POLICIES["fifo"]())
+    broker = Broker([Gpu(0, CAPACITY)], POLICIES["fifo"](None))
     broker.recover({201, 202})
     broker.handle(5, Hello(VERSION, 300, "new"), 0.0)
     assert broker.handle(5, Request(), 0.0) == []
@@ -287,7 +287,7 @@ def test_a_new_broker_grants_nothing_before_the_old_ones_clients_have_spoken() -
 
 
 def test_another_version_is_refused_with_both_versions() -> None:
-    [(_, refused)] = Broker([], POLICIES["fifo"]()).handle(1, Hello(VERSION + 1, 42, "x"), 0.0)
+    [(_, refused)] = Broker([], POLICIES["fifo"](None)).handle(1, Hello(VERSION + 1, 42, "x"), 0.0)
     assert isinstance(refused, Refused)
     assert f"version {VERSION + 1}" in refused.reason
     assert f"version {VERSION}" in refused.reason

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scheduler", choices=sorted(POLICIES), default="fifo", help="who is next (default: %(default)s)"
     )
+    parser.add_argument(
+        "--quantum",
+        metavar="SECONDS",
+        type=argument(_seconds),
+        help="protect a busy program for so long when others wait (default: ten times what swapping costs, 1 to 60 s)",
+    )
     parser.add_argument("--foreground", action="store_true", help="stay in the foreground and log to stderr")
     parser.add_argument("--recover", action="store_true", help="use the options of a broker that died, if one did")
 
@@ -67,11 +74,27 @@ def run(options: argparse.Namespace) -> int:
     return _spawn(path, options)
 
 
+def _seconds(text: str) -> float:
+    """Seconds, zero or more. Raises ConfigError when it is something else."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 1e6:
+        raise ConfigError(f"{text!r} is not a time; write seconds, such as 2.5")
+    return seconds
+
+
 def _take_over(options: argparse.Namespace) -> None:
     """Put the options of the broker that died in place of those not given."""
     journal = Journal(_beside("journal"))
     if journal.read():
-        for name, parse in (("gpu_list", pools.parse_gpu_list), ("simulate_gpus", parse_simulated)):
+        parsers: dict[str, Callable[[str], Any]] = {
+            "gpu_list": pools.parse_gpu_list,
+            "simulate_gpus": parse_simulated,
+            "quantum": _seconds,
+        }
+        for name, parse in parsers.items():
             text = journal.options.get(name)
             if getattr(options, name) is None and isinstance(text, str):
                 setattr(options, name, parse(text))
@@ -91,6 +114,7 @@ def _options(options: argparse.Namespace) -> dict[str, Any]:
         "gpu_list": ",".join(options.gpu_list) if options.gpu_list else None,
         "simulate_gpus": str(options.simulate_gpus) if options.simulate_gpus else None,
         "scheduler": options.scheduler,
+        "quantum": None if options.quantum is None else str(options.quantum),
     }
 
 
@@ -144,7 +168,7 @@ def _serve(path: Path, pool: pools.Pool, options: argparse.Namespace) -> int:
     leavings = (pid_path(), env_path(), _beside("log"), _beside("lock"))
     try:
         journal.begin(_options(options))
-        server = Server(path, pool.gpus, journal, pool.cards, options.scheduler, pool.description)
+        server = Server(path, pool.gpus, journal, pool.cards, options.scheduler, options.quantum, pool.description)
         env_path().write_text("".join(f"{name}={value}\n" for name, value in pool.environment.items()))
         Path("/proc/self/comm").write_text("gpu_assigner")
         pid_path().write_text(f"{os.getpid()}\n")
