@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -40,6 +39,8 @@ def start(simulate: str | None, *, quiet: bool) -> None:
     Raises ConfigError with its exit status when it does not; what it said is then on stderr. `quiet` keeps its
     messages back unless it fails.
     """
+    import subprocess  # as late as this: it would double the start-up of every launch with an option
+
     command = [sys.executable, "-E", "-c", _RUN_MODULE, str(HOME), "start"]
     if simulate is not None:
         command += ["--simulate-gpus", simulate]

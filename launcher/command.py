@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shlex
 import signal
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
@@ -36,7 +35,7 @@ def find(name: str, search_path: str | None) -> str:
         if os.path.isfile(file):
             if os.access(file, os.X_OK, effective_ids=True):
                 return file
-            denied = denied or f"cannot run {file}: no permission to execute it; check with: ls -l {shlex.quote(file)}"
+            denied = denied or f"cannot run {file}: no permission to execute it; to give it: chmod +x {file}"
         elif "/" in name and os.path.isdir(file):
             denied = f"cannot run {file}: it is a directory"
     if denied:
@@ -75,7 +74,7 @@ def python_flag_against(file: str, argv: Sequence[str]) -> str | None:
         return _ignoring_flag(argv[1:])
     line = _script_interpreter(file)
     if line and os.path.basename(line[0]) == "env":
-        line = shlex.split(line[1].removeprefix("-S")) if len(line) > 1 else []
+        line = line[1].removeprefix("-S").split() if len(line) > 1 else []
     if line and _is_python(line[0]):
         return _ignoring_flag(" ".join(line[1:]).split())
     return None

@@ -24,27 +24,26 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from acb import __version__, config
-from acb.launcher import broker, command
+from acb.launcher import command
 from acb.launcher.environment import BOOTSTRAP, broker_variables, initial_environment, instrumented
 
 _OPTIONS = ["broker=", "simulate-gpus=", "gpu-memory=", "name=", "trace=", "quiet", "version", "help"]
 BROKER_MODES = ("auto", "require", "off")
 
 
-@dataclass
 class Options:
-    """What the command line asks for."""
+    """What the command line asks for. (No dataclass: importing that would double the launcher's own start-up.)"""
 
-    command: list[str] = field(default_factory=list)
-    broker: str = "auto"
-    simulate: str | None = None
-    quiet: bool = False
-    variables: dict[str, str] = field(default_factory=dict)
-    """What the options give the command to know, in its environment."""
+    def __init__(self, command: list[str], broker: str, *, quiet: bool) -> None:
+        self.command = command
+        self.broker = broker
+        self.quiet = quiet
+        self.simulate: str | None = None
+        self.variables: dict[str, str] = {}
+        """What the options give the command to know, in its environment."""
 
 
 def main(arguments: Sequence[str] | None = None, *, ignored_signals: int = 0) -> int:
@@ -96,7 +95,7 @@ def parse(arguments: list[str], environ: dict[str, str]) -> Options:
         raise config.ConfigError(f"{error}; see acb-launch --help") from None
     if not rest:
         raise config.ConfigError("which command? Write: acb-launch [OPTION…] COMMAND [ARGUMENT…]")
-    options = Options(command=rest, broker=environ.get("ACB_BROKER") or "auto", quiet=bool(environ.get("ACB_QUIET")))
+    options = Options(rest, environ.get("ACB_BROKER") or "auto", quiet=bool(environ.get("ACB_QUIET")))
     for name, value in given:
         if name == "--broker":
             options.broker = value
@@ -133,9 +132,7 @@ def _prepare(options: Options, environ: dict[str, str], file: str) -> dict[str, 
         if options.simulate is not None:
             variables["ACB_SIMULATED"] = str(_simulated_cards(options.simulate))
     else:
-        socket = config.socket_path()
-        if not broker.answers(socket):
-            _start_broker(options, socket)
+        socket = _running_broker(options)
         variables = broker_variables(config.env_path())
         if options.simulate is not None:
             wanted = str(config.simulated_dir(config.parse_simulated(options.simulate)))
@@ -159,7 +156,13 @@ def _prepare(options: Options, environ: dict[str, str], file: str) -> dict[str, 
     return instrumented(environ, variables, sys.executable)
 
 
-def _start_broker(options: Options, socket: Path) -> None:
+def _running_broker(options: Options) -> Path:
+    """The socket of a broker that answers; it is started now if there is none and the options allow that."""
+    from acb.launcher import broker
+
+    socket = config.socket_path()
+    if broker.answers(socket):
+        return socket
     if options.broker == "require":
         raise config.ConfigError(
             f"no broker answers at {socket}; start one with: gpu_assigner start", config.EX_UNAVAILABLE
@@ -170,6 +173,7 @@ def _start_broker(options: Options, socket: Path) -> None:
             f"gpu_assigner has started, but no broker answers at {socket}; see: gpu_assigner status",
             config.EX_UNAVAILABLE,
         )
+    return socket
 
 
 def _simulated_cards(simulate: str) -> Path:

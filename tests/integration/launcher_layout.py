@@ -93,9 +93,9 @@ class Result(NamedTuple):
 
 
 class Installation:
-    """A virtual environment with acb in it, as pip would leave it, made of links to this source tree."""
+    """A virtual environment with acb in it, as pip would leave it; with stand-ins for some parts unless `true`."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, true: bool = False) -> None:
         self.root = root
         self.bin = root / "bin"
         name = f"python{sys.version_info[0]}.{sys.version_info[1]}"
@@ -107,6 +107,11 @@ class Installation:
         self.hook_log = root / "hooks.log"
         self.modules = root / "modules"
         self._make(name)
+        package = self.home / "acb"
+        if true:
+            shutil.copytree(REPOSITORY / "acb", package)
+        else:
+            self._make_stand_ins(package)
 
     def _make(self, name: str) -> None:
         self.bin.mkdir(parents=True)
@@ -115,7 +120,12 @@ class Installation:
         for link in ("python", "python3", name):
             (self.bin / link).symlink_to(base)
         shutil.copy(REPOSITORY / "launcher" / "acb-launch", self.launcher)
-        package = self.home / "acb"
+        self.modules.mkdir()
+        (self.modules / "torch").mkdir()
+        (self.modules / "torch" / "__init__.py").write_text(TORCH)
+        (self.modules / "torch" / "run.py").write_text("import sys; print(__name__, sys.modules['torch'].FINISHED)\n")
+
+    def _make_stand_ins(self, package: Path) -> None:
         package.mkdir(parents=True)
         for part in ("__init__.py", "_version.py", "config.py"):
             shutil.copy(REPOSITORY / "acb" / part, package)
@@ -125,10 +135,6 @@ class Installation:
             (package / parent).mkdir()
             (package / parent / "__init__.py").touch()
             (package / parent / f"{last}.py").write_text(text)
-        self.modules.mkdir()
-        (self.modules / "torch").mkdir()
-        (self.modules / "torch" / "__init__.py").write_text(TORCH)
-        (self.modules / "torch" / "run.py").write_text("import sys; print(__name__, sys.modules['torch'].FINISHED)\n")
 
     def environment(self, **changes: str | None) -> dict[str, str]:
         """This process's environment without what would disturb, with the stand-ins' places; None removes a name."""

@@ -1,0 +1,44 @@
+"""acb-launch with the true broker: it starts one, later launches find it, and it ends when told to."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from launcher_layout import Installation, run
+
+SHOW = "import os; print(*sorted(f'{k}={v}' for k, v in os.environ.items() if k.startswith('ACB_')), sep='\\n')"
+
+
+@pytest.fixture
+def acb(tmp_path: Path) -> Iterator[Installation]:
+    installation = Installation(tmp_path / "installation", true=True)
+    yield installation
+    gpu_assigner(installation, "stop")
+    installation.remove()
+
+
+def gpu_assigner(acb: Installation, *arguments: str) -> int:
+    return run(acb.python, "-m", "acb.cli.gpu_assigner", *arguments, env=acb.environment(), cwd=acb.home).status
+
+
+def test_a_broker_from_start_to_end(acb: Installation) -> None:
+    missing = acb.launch("true", options=["--broker", "require"])
+    assert (missing.status, missing.stderr.count("\n")) == (69, 1)
+    first = acb.launch(sys.executable, "-c", SHOW, options=["--simulate-gpus", "1x1GiB"])
+    assert first.status == 0
+    assert first.stderr.count("\n") == 1  # that a broker has been started
+    for options in ([], ["--broker", "auto"], ["--simulate-gpus=1x1024MiB"]):
+        assert acb.launch(sys.executable, "-c", SHOW, options=options) == (0, first.stdout, "")
+    assert f"ACB_SIMULATED={acb.runtime}/simulated-1x1GiB" in first.stdout
+    assert gpu_assigner(acb, "stop") == 0
+    assert acb.launch("true", options=["--broker", "require"]) == missing
+
+
+def test_simulated_gpus_without_a_broker(acb: Installation) -> None:
+    for _ in range(2):
+        result = acb.launch("/usr/bin/printenv", "ACB_SIMULATED", options=["--broker=off", "--simulate-gpus=2x1GiB"])
+        assert result == (0, f"{acb.runtime}/simulated-2x1GiB\n", "")
+    assert sorted(file.name for file in (acb.runtime / "simulated-2x1GiB").glob("*.card")) == ["gpu0.card", "gpu1.card"]
