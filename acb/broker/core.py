@@ -149,11 +149,20 @@ class Broker:
         self.gpus = list(gpus)
         self.policy = policy
         self.clients: dict[int, Client] = {}
-        self.log: deque[str] = deque(maxlen=200)
+        self._log: deque[tuple[float | None, int, Message | str]] = deque(maxlen=200)
         self.recovering: set[int] = set()
         self._by_ordinal = {gpu.ordinal: gpu for gpu in gpus}
         self._order = itertools.count(1)
         self._out: list[Send] = []
+
+    @property
+    def log(self) -> list[str]:
+        """What came in and went out of late, in words; they are only made here, since a hand-over would wait for it."""
+        return [
+            f"  -> client {client}: {what}" if now is None
+            else f"{now:.6f} {f'client {client}' if client else 'broker'}: {what}"
+            for now, client, what in self._log
+        ]  # fmt: skip
 
     # --- events ----------------------------------------------------------------------------------------------------
 
@@ -162,7 +171,7 @@ class Broker:
 
         A message that makes no sense is answered Refused.
         """
-        self.log.append(f"{now:.6f} client {client_id}: {message}")
+        self._log.append((now, client_id, message))
         client = self.clients.get(client_id)
         if isinstance(message, Hello):
             self._hello(client_id, message, now)
@@ -184,7 +193,7 @@ class Broker:
 
     def gone(self, client_id: int, now: float) -> list[Send]:
         """The client's connection is closed: its lease and its memory are free."""
-        self.log.append(f"{now:.6f} client {client_id}: gone")
+        self._log.append((now, client_id, "gone"))
         client = self.clients.pop(client_id, None)
         if client is not None:
             for gpu in self.gpus:
@@ -199,7 +208,7 @@ class Broker:
 
     def recovered(self, pids: set[int], now: float) -> list[Send]:
         """Wait no longer for these processes: they are dead, or have had their time."""
-        self.log.append(f"{now:.6f} recovered {sorted(pids)}")
+        self._log.append((now, 0, f"recovered {sorted(pids)}"))
         self.recovering -= pids
         return self._finish(now)
 
@@ -379,6 +388,8 @@ class Broker:
     def _make_room(self, gpu: Gpu, client: Client, want: int) -> bool:
         """Whether `want` bytes are there for the client now; if not, evacuate others as far as they can be."""
         room = gpu.capacity - self._in_use(gpu, without=client)
+        if want <= room:
+            return True
         others = self._others(gpu, client)
         coming = sum(other.resident for other in others if other.evacuating)
         movable = [o for o in others if o.resident and not (o.lease or o.evacuating or o.emptied or o.unmovable)]
@@ -388,7 +399,7 @@ class Broker:
             victim.evacuating = True
             coming += victim.resident
             self._send(victim.id, Evacuate())
-        return want <= room
+        return False
 
     def _want(self, client: Client, gpu: Gpu) -> int:
         """Bytes that the client should have in all: what it said, or its settled peak with a margin.
@@ -437,7 +448,7 @@ class Broker:
             client.unmovable = ""
 
     def _send(self, client_id: int, message: Message) -> None:
-        self.log.append(f"  -> client {client_id}: {message}")
+        self._log.append((None, client_id, message))
         self._out.append(Send(client_id, message))
 
     def check(self) -> None:
