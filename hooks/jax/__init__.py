@@ -17,9 +17,10 @@ def install(module: Any) -> None:
 
 def _install(module: Any) -> None:
     from acb.client import runtime
-    from acb.hooks.jax import environment, gate, transfers
+    from acb.hooks.jax import environment, gate, simulated, simulated_work, transfers
     from acb.hooks.jax.evacuator import JaxEvacuator
     from acb.hooks.jax.internals import Internals, apply
+    from acb.hooks.jax.ledger import Ledger
 
     client = runtime.client()
     if not client.gating and client.simulated is None:
@@ -28,16 +29,25 @@ def _install(module: Any) -> None:
     if getattr(module, "_acb_installed", False):
         return
     module._acb_installed = True
-    environment.prepare()
     fast_path = gate.FastPath(internals)
-    evacuator = JaxEvacuator(internals)
+    if client.simulated is not None and simulated.wanted():
+        ledger = Ledger(internals)
+        fast_path.never = True
+        apply([*simulated.patches(ledger), *simulated_work.patches(ledger)], internals)
+        runtime.after_fork(ledger.forget)
+        evacuator = JaxEvacuator(internals, ledger)
+    else:
+        environment.prepare()
+        evacuator = JaxEvacuator(internals)
+    apply(gate.miss_patches(fast_path), internals)
+    if not client.gating:
+        return
+    apply([*gate.patches(fast_path), *transfers.patches(evacuator)], internals)
 
     def join() -> None:
         client = runtime.client()
         client.gate.add_listener(fast_path)
         client.add_evacuator(evacuator)
 
-    if client.gating:
-        apply([*gate.patches(fast_path), *transfers.patches(evacuator)], internals)
-        join()
-        runtime.after_fork(join)
+    join()
+    runtime.after_fork(join)

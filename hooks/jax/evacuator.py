@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from acb.client.evacuation import EvacuationError
 from acb.hooks.jax.hostmemory import require_host_memory
-from acb.hooks.jax.internals import GATED, Internals, like, on_gated, passing
+from acb.hooks.jax.internals import GATED, Internals, like, moving, on_gated
+from acb.hooks.jax.ledger import Ledger
 from acb.hooks.jax.pool import check_pool, trim_pool
 from acb.hooks.jax.room import out_of_memory
 
@@ -50,8 +51,10 @@ class JaxEvacuator:
 
     name = "jax"
 
-    def __init__(self, internals: Internals) -> None:
+    def __init__(self, internals: Internals, ledger: Ledger | None = None) -> None:
+        """With a simulated GPU, `ledger` is that of its memory."""
         self._internals = internals
+        self._ledger = ledger
         array: Any = internals.ArrayImpl
         methods = vars(array)
         # The originals: acb's own calls must not pass the patches of the array type.
@@ -68,7 +71,7 @@ class JaxEvacuator:
 
     def synchronize(self) -> None:
         """Wait until all arrays are computed and all effects have happened."""
-        with passing():
+        with moving():
             waiting: list[Any] = self._live()
             waiting += [self._tokens.pop(key, None) for key in list(self._tokens)]
             for value in waiting:
@@ -78,7 +81,10 @@ class JaxEvacuator:
                         value.block_until_ready()
 
     def resident(self) -> int:
-        with passing():
+        """See Evacuator.resident."""
+        if self._ledger is not None:
+            return self._ledger.total()
+        with moving():
             total = 0
             for device in self._devices():
                 stats = _memory_stats(device)
@@ -91,12 +97,17 @@ class JaxEvacuator:
 
     def peak(self) -> int:
         """See Evacuator.peak; as jax's allocator counts from the start of the process, it may be an earlier one."""
-        with passing():
+        if self._ledger is not None:
+            return self._ledger.card.peak()
+        with moving():
             lifetime = sum(_memory_stats(device).get("peak_bytes_in_use", 0) for device in self._devices())
         return max(lifetime, self._known_peak, self.resident())
 
     def reset_peak(self) -> None:
+        """See Evacuator.reset_peak."""
         self._known_peak = 0
+        if self._ledger is not None:
+            self._ledger.card.reset_peak()
 
     def _devices(self) -> Iterator[Any]:
         for backend in self._internals.backends():
@@ -117,7 +128,7 @@ class JaxEvacuator:
 
     def evacuate(self) -> int:
         """See Evacuator.evacuate."""
-        with passing(), self._lock:
+        with moving(), self._lock:
             for device in self._devices():
                 check_pool(device)
             arrays = self._live()
@@ -208,7 +219,7 @@ class JaxEvacuator:
         """See Evacuator.restore."""
         moved = 0
         restored = []
-        with passing(), self._lock, self._internals.config.enable_x64(True):
+        with moving(), self._lock, self._internals.config.enable_x64(True):
             for identity, entry in list(self._evacuated.items()):
                 array = entry.ref()
                 if array is None:

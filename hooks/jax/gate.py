@@ -190,28 +190,6 @@ def patches(fast_path: FastPath) -> list[Callable[[Internals], None]]:
                     lambda original: in_region(original, lambda self, *a, **k: self.platform in GATED),
                 )
 
-    def new_functions(internals: Internals) -> None:
-        """Functions that will be compiled from now on: their misses."""
-
-        answers = 3 if hasattr(internals.pjit, "_need_to_rebuild_with_fdo") else 2
-
-        def make(original: Any) -> Any:
-            @like(original)
-            def pjit(name: Any, fun: Any, cache_miss: Any, *rest: Any, **kwargs: Any) -> Any:
-                itself: list[Callable[[], Any]] = []
-                function = original(name, fun, _missing(cache_miss, fast_path, itself, answers), *rest, **kwargs)
-                with contextlib.suppress(TypeError):
-                    itself.append(weakref.ref(function))
-                return function
-
-            return pjit
-
-        replace(internals.extension, "pjit", make)
-
-    def old_functions(internals: Internals) -> None:
-        """Functions that jax compiled, or will, with what was there before acb: their misses pass these globals."""
-        _patch_misses(internals, fast_path)
-
     def first_use(internals: Internals) -> None:
         """A GPU's backend starts behind the gate: until then the process costs no GPU anything."""
 
@@ -249,7 +227,35 @@ def patches(fast_path: FastPath) -> list[Callable[[Internals], None]]:
 
         replace(owner, "emit_python_callback", make)
 
-    return [counted_calls, executables, compilation, new_functions, old_functions, first_use, callbacks]
+    return [counted_calls, executables, compilation, first_use, callbacks]
+
+
+def miss_patches(fast_path: FastPath) -> list[Callable[[Internals], None]]:
+    """The patches of calls that miss the fast path, which decide whether the next one will."""
+
+    def new_functions(internals: Internals) -> None:
+        """Functions that will be compiled from now on: their misses."""
+
+        answers = 3 if hasattr(internals.pjit, "_need_to_rebuild_with_fdo") else 2
+
+        def make(original: Any) -> Any:
+            @like(original)
+            def pjit(name: Any, fun: Any, cache_miss: Any, *rest: Any, **kwargs: Any) -> Any:
+                itself: list[Callable[[], Any]] = []
+                function = original(name, fun, _missing(cache_miss, fast_path, itself, answers), *rest, **kwargs)
+                with contextlib.suppress(TypeError):
+                    itself.append(weakref.ref(function))
+                return function
+
+            return pjit
+
+        replace(internals.extension, "pjit", make)
+
+    def old_functions(internals: Internals) -> None:
+        """Functions that jax compiled, or will, with what was there before acb: their misses pass these globals."""
+        _patch_misses(internals, fast_path)
+
+    return [new_functions, old_functions]
 
 
 def _missing(
@@ -272,7 +278,7 @@ def _missing(
         if cacheable:
             return answer
         # No data for the fast path; and (since 0.4.31) the entry goes, so that a later call may make a better one.
-        return (answer[0], None, True)[: len(answer)]
+        return (answer[0], None, not fast_path.never)[:answers]
 
     return miss
 
@@ -325,7 +331,7 @@ def _patch_misses(internals: Internals, fast_path: FastPath) -> None:
         def _get_fastpath_data(*args: Any, **kwargs: Any) -> Any:
             cacheable, settled.cacheable = settled.cacheable, True
             answer = original(*args, **kwargs) if cacheable and not fast_path.never else None
-            settled.drop = not cacheable
+            settled.drop = not cacheable and not fast_path.never
             return answer
 
         return _get_fastpath_data

@@ -48,11 +48,16 @@ class Internals:
 
 
 class _Thread(threading.local):
-    """What acb knows of a thread: whether it passes the gate unseen, as acb's own work and callbacks from the device
-    do.
+    """What acb knows of a thread.
+
+    `passes`: it passes the gate unseen, as acb's own work and callbacks from the device do. `moves`: it moves memory
+    for acb, which is no operation of the program's.
     """
 
     passes = False
+    moves = False
+    executing = False
+    """Whether it is inside a computation on the simulated GPU."""
 
 
 thread = _Thread()
@@ -66,6 +71,46 @@ class passing:
 
     def __exit__(self, *_: object) -> None:
         thread.passes = self._before
+
+
+class moving(passing):
+    """Within this context the thread moves the program's memory for acb."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        thread.moves = True
+
+    def __exit__(self, *_: object) -> None:
+        thread.moves = False
+        super().__exit__()
+
+
+_simulated_clients: list[Any] = []
+_simulated_devices: dict[int, Any] = {}
+
+
+def add_simulated(client: Any) -> None:
+    """This backend's devices are simulated GPUs."""
+    _simulated_clients.append(client)
+    _simulated_devices.update((id(device), device) for device in client.devices())
+
+
+def is_simulated(client: Any) -> bool:
+    """Whether a backend is the simulated GPU's."""
+    return any(client is simulated for simulated in _simulated_clients)
+
+
+def is_simulated_device(device: Any) -> bool:
+    """Whether a device is a simulated GPU."""
+    return id(device) in _simulated_devices
+
+
+def on_simulated(value: Any) -> bool:
+    """Whether a jax array lies on a simulated GPU. Anything else: no."""
+    try:
+        return id(value._sharding._internal_device_list[0]) in _simulated_devices
+    except (AttributeError, IndexError, TypeError):
+        return False
 
 
 def on_gated(value: Any) -> bool:

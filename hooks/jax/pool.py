@@ -13,6 +13,7 @@ import os
 from typing import Any
 
 from acb.client.evacuation import EvacuationError
+from acb.hooks.jax.internals import is_simulated_device
 
 VARIABLE = "XLA_PYTHON_CLIENT_ALLOCATOR"
 
@@ -25,7 +26,7 @@ def choose_allocator() -> None:
 
 def check_pool(device: Any) -> None:
     """Raise EvacuationError when memory freed on this device would stay out of reach for other processes."""
-    if getattr(device.client, "acb_simulated", False) or device.platform == "cpu":
+    if is_simulated_device(device) or device.platform == "cpu":
         return
     if os.environ.get(VARIABLE, "") not in ("platform", "cuda_async"):
         raise EvacuationError(

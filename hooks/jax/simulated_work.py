@@ -1,0 +1,239 @@
+"""The work of the simulated GPU: charges what jax's computations and transfers take, and shows each to the referee.
+
+Every operation is finished when it returns, and there is room for it before it begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from acb.hooks.jax.internals import Internals, is_simulated, is_simulated_device, like, on_simulated, replace, thread
+from acb.hooks.jax.ledger import Ledger
+
+_ALIASES = ("_fully_replicated_shard", "_rewrap_with_aval_and_sharding", "clone")
+_READS = ("_single_device_array_to_np_array_did_copy", "_single_device_array_to_np_array")
+
+
+def patches(ledger: Ledger) -> list[Callable[[Internals], None]]:
+    """What makes the simulated GPU work on the simulated card."""
+
+    def computations(internals: Internals) -> None:
+        sizes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+        def make(original: Any) -> Any:
+            @like(original)
+            def call(self: Any, *args: Any) -> Any:
+                if not is_simulated(self.backend):
+                    return original(self, *args)
+                nbytes = sizes.get(self)
+                if nbytes is None:
+                    nbytes = sizes[self] = _needed(self.xla_executable)
+                with _operation(ledger, f"jax {self.name}"), ledger.room(nbytes) as born:
+                    thread.executing = True
+                    try:
+                        results = original(self, *args)
+                        _finish(internals, self, ledger.arrays(results))
+                    finally:
+                        thread.executing = False
+                        for array in ledger.arrays(args):
+                            if array.is_deleted():  # donated
+                                ledger.deleted(array)
+                    born += ledger.arrays(results)
+                return results
+
+            return call
+
+        replace(internals.pxla.ExecuteReplicated, "__call__", make)
+
+    def transfers(internals: Internals) -> None:
+        """Arrays from host memory, and from other devices."""
+
+        def make(original: Any) -> Any:
+            @like(original)
+            def batched_device_put(aval: Any, sharding: Any, xs: Any, devices: Any, *rest: Any, **named: Any) -> Any:
+                xs, devices = list(xs), list(devices)
+                to_card = any(map(is_simulated_device, devices))
+                if not to_card and not any(map(on_simulated, xs)):
+                    return original(aval, sharding, xs, devices, *rest, **named)
+                sizes = [_bytes(x) for x in xs]
+                with _operation(ledger, "jax transfer"), ledger.room(sum(sizes) if to_card else 0) as born:
+                    for x, nbytes in zip(xs, sizes, strict=False):
+                        if on_simulated(x) is not to_card:
+                            ledger.card.copied(nbytes)
+                    result = original(aval, sharding, _unshared(xs) if to_card else xs, devices, *rest, **named)
+                    result.block_until_ready()
+                    born.append(result)
+                return result
+
+            return batched_device_put
+
+        replace(internals.xla_client, "batched_device_put", make)
+
+    def copies(internals: Internals) -> None:
+        """Arrays handed to a computation or to device_put: mostly they are where they should be."""
+
+        def make(original: Any) -> Any:
+            @like(original)
+            def copy(arrays: Any, devices: Any, shardings: Any, *rest: Any, **named: Any) -> Any:
+                sizes = [_crossing(array, list(group)) for array, group in zip(arrays, devices, strict=False)]
+                if not any(sizes):
+                    results = original(arrays, devices, shardings, *rest, **named)
+                    if not thread.executing:
+                        for result in results:
+                            ledger.alias(result)
+                    return results
+                new = sum(
+                    size for size, group in zip(sizes, devices, strict=False) if is_simulated_device(next(iter(group)))
+                )
+                with _operation(ledger, "jax transfer"), ledger.room(new) as born:
+                    ledger.card.copied(sum(sizes))
+                    results = original(arrays, devices, shardings, *rest, **named)
+                    for result in results:
+                        result.block_until_ready()
+                    born += results
+                return results
+
+            return copy
+
+        replace(internals.xla_client, "batched_copy_array_to_devices_with_sharding", make)
+
+    def reads(internals: Internals) -> None:
+        for name in _READS:
+            if name in vars(internals.ArrayImpl):
+                replace(internals.ArrayImpl, name, lambda original: _reading(original, ledger))
+
+    def births(internals: Internals) -> None:
+        """Array objects that share the buffers of others."""
+        array = internals.ArrayImpl
+        for name in _ALIASES:
+            if name in vars(array):
+                replace(array, name, lambda original: _aliasing(original, ledger))
+        shards = vars(array)["_arrays"]
+        array._arrays = property(_aliasing_all(shards.fget, ledger), shards.fset, shards.fdel, shards.__doc__)
+        replace(array, "__init__", lambda original: _changing(original, ledger))
+        replace(array, "_replace_with", lambda original: _changing(original, ledger))
+
+    def result_handlers(internals: Internals) -> None:
+        """What jax wraps results of transfers with."""
+        replace(internals.extension.ResultHandler, "__call__", lambda original: _aliasing(original, ledger))
+
+    def reordering(internals: Internals) -> None:
+        if hasattr(internals.xla_client, "reorder_shards"):
+            replace(internals.xla_client, "reorder_shards", lambda original: _aliasing(original, ledger))
+
+    def deletion(internals: Internals) -> None:
+        def make(original: Any) -> Any:
+            @like(original)
+            def delete(array: Any) -> None:
+                original(array)
+                ledger.deleted(array)
+
+            return delete
+
+        replace(internals.ArrayImpl, "delete", make)
+
+    def imports(internals: Internals) -> None:
+        """Arrays from DLPack."""
+        replace(internals.extension, "dlpack_managed_tensor_to_buffer", lambda original: _aliasing(original, ledger))
+
+    return [computations, transfers, copies, reads, births, result_handlers, reordering, deletion, imports]
+
+
+def _operation(ledger: Ledger, name: str) -> AbstractContextManager[None]:
+    """The referee's view of one operation; acb's own moving of memory is not the program's work."""
+    return contextlib.nullcontext() if thread.moves else ledger.card.operation(name)
+
+
+def _needed(executable: Any) -> int:
+    """Bytes that a run of an executable needs beyond its arguments: results (reusing none) and temporaries."""
+    try:
+        stats = executable.get_compiled_memory_stats()
+        results = max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
+        return int(results + stats.temp_size_in_bytes)
+    except (RuntimeError, AttributeError):
+        return 0
+
+
+def _finish(internals: Internals, execution: Any, results: list[Any]) -> None:
+    """Wait until a computation, and its effects, have happened."""
+    for array in results:
+        array.block_until_ready()
+    if execution.has_unordered_effects or execution.ordered_effects or execution.has_host_callbacks:
+        for token in list(internals.dispatch.runtime_tokens.output_runtime_tokens.values()):
+            token.block_until_ready()
+
+
+def _bytes(value: Any) -> int:
+    """The size of an array, or of what becomes one."""
+    try:
+        return int(value.nbytes)
+    except AttributeError:
+        return 8
+
+
+def _crossing(array: Any, devices: list[Any]) -> int:
+    """Bytes of an array that move onto the card or off it, to be on `devices`; 0 when it is there already."""
+    from_card = on_simulated(array)
+    to_card = bool(devices) and is_simulated_device(devices[0])
+    return _bytes(array) if from_card is not to_card else 0
+
+
+def _unshared(values: list[Any]) -> list[Any]:
+    """Copies of NumPy arrays: a GPU's array does not change with the program's, whose memory a CPU's may share."""
+    import numpy
+
+    return [numpy.array(x, copy=True, order="C") if isinstance(x, numpy.ndarray) else x for x in values]
+
+
+def _reading(original: Any, ledger: Ledger) -> Any:
+    """Reading an array to the host, into memory that is not the card's."""
+
+    @like(original)
+    def read(array: Any) -> Any:
+        if not on_simulated(array):
+            return original(array)
+        with _operation(ledger, "jax read"):
+            answer = original(array)
+            host = (answer[0] if isinstance(answer, tuple) else answer).copy()
+            ledger.card.copied(host.nbytes)
+        return (host, True) if isinstance(answer, tuple) else host
+
+    return read
+
+
+def _aliasing(original: Any, ledger: Ledger) -> Any:
+    @like(original)
+    def alias(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        return ledger.alias(result) if on_simulated(result) else result
+
+    return alias
+
+
+def _aliasing_all(original: Any, ledger: Ledger) -> Any:
+    @like(original)
+    def aliases(self: Any) -> Any:
+        results = original(self)
+        if on_simulated(self) and results is not None and not thread.executing:
+            for result in results:
+                ledger.alias(result)
+        return results
+
+    return aliases
+
+
+def _changing(original: Any, ledger: Ledger) -> Any:
+    """A method after which the array itself has other buffers."""
+
+    @like(original)
+    def change(self: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = original(self, *args, **kwargs)
+        if on_simulated(self):
+            ledger.alias(self)
+        return answer
+
+    return change
