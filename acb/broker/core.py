@@ -406,7 +406,8 @@ class Broker:
 
         Nothing is known: the whole GPU, less what others cannot take with them when they are evacuated.
         """
-        left_behind = sum(o.resident for o in self._others(gpu, client) if o.emptied)
+        clients = self.clients
+        left_behind = sum([clients[i].resident for i in gpu.bound if i != client.id and clients[i].emptied])
         if not (client.hint or client.need or client.steady >= STEADY):
             return gpu.capacity - left_behind
         return min(gpu.capacity - left_behind, max(self._floor(client), int(client.peak * MARGIN)))
@@ -440,7 +441,8 @@ class Broker:
 
     def _in_use(self, gpu: Gpu, without: Client) -> int:
         """Bytes of the GPU that are promised or occupied, not counting one client."""
-        return sum(_claim(other) for other in self._others(gpu, without))
+        clients = self.clients
+        return sum([_claim(clients[i]) for i in gpu.bound if i != without.id])
 
     def _host_memory_freed(self) -> None:
         """Host memory may be free again: who could not be evacuated may be asked once more."""
