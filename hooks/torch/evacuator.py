@@ -1,0 +1,192 @@
+"""PyTorch's evacuator: every storage on the GPU copied to host memory and freed in place, and brought back.
+
+A storage resized to zero gives its memory back and stays the storage of all its tensors, views and saved tensors;
+resized again and filled, all of them are as they were. Nothing of a tensor changes, not even its version counter.
+Works on CUDA and on the simulated GPU alike.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import weakref
+from typing import Any
+
+import torch
+
+from acb.client.evacuation import EvacuationError
+from acb.hooks.torch import reach
+from acb.hooks.torch.hostpool import HostPool, Place
+from acb.hooks.torch.memory import OutOfMemoryError
+
+cuda: Any = torch.cuda
+
+
+class _Parked:
+    """A storage whose bytes are in host memory. It is held weakly: what the program drops meanwhile must not stay."""
+
+    __slots__ = ("__weakref__", "nbytes", "place", "storage")
+
+    def __init__(self, storage: Any, place: Place, pool: HostPool) -> None:
+        self.nbytes = place.nbytes
+        self.place = place
+        self.storage = weakref.ref(storage, functools.partial(_dropped, pool, place))
+
+
+def _dropped(pool: HostPool, place: Place, _: Any) -> None:
+    """The program has dropped an evacuated storage: nobody will want its bytes."""
+    pool.drop(place)
+
+
+class TorchEvacuator:
+    """Moves what PyTorch holds on gated devices. Made before the gate's patches: it must never stop at the gate."""
+
+    name = "torch"
+
+    def __init__(self, pool: HostPool | None = None) -> None:
+        kind: Any = torch.UntypedStorage
+        self._resize = kind.resize_
+        self._copy = kind.copy_
+        self._synchronize = cuda.synchronize
+        self._empty_cache = cuda.empty_cache
+        self._reset_peak = cuda.reset_peak_memory_stats
+        self._real = torch.version.cuda is not None or torch.version.hip is not None
+        self._pool = pool if pool is not None else HostPool(*(_page_locking() if self._real else ()))
+        self._parked: list[_Parked] = []
+        self._streams: dict[int, Any] = {}
+
+    def anew(self) -> TorchEvacuator:
+        """The evacuator of a forked child, which holds nothing."""
+        fresh = copy.copy(self)
+        fresh._pool = self._pool.anew()
+        fresh._parked = []
+        fresh._streams = {}
+        return fresh
+
+    # --- what is there ---------------------------------------------------------------------------------------------
+
+    def synchronize(self) -> None:
+        """Block until the work queued on every GPU of this process is done."""
+        for ordinal in self._ordinals():
+            self._synchronize(ordinal)
+
+    def resident(self) -> int:
+        """Bytes that PyTorch's allocator holds on the GPU, used or cached."""
+        return sum(int(cuda.memory_reserved(ordinal)) for ordinal in self._ordinals())
+
+    def peak(self) -> int:
+        """The most bytes that PyTorch's allocator has held at once since reset_peak()."""
+        return sum(int(cuda.max_memory_reserved(ordinal)) for ordinal in self._ordinals())
+
+    def reset_peak(self) -> None:
+        """Forget the peak."""
+        for ordinal in self._ordinals():
+            self._reset_peak(ordinal)
+
+    def _ordinals(self) -> range:
+        """The GPUs that this process uses; none before it has used one."""
+        return range(cuda.device_count()) if cuda.is_initialized() else range(0)
+
+    # --- evacuation ------------------------------------------------------------------------------------------------
+
+    def evacuate(self) -> int:
+        """Move every storage to host memory; all or none. Returns bytes moved; raises EvacuationError."""
+        storages = reach.find_storages()
+        obstacle = reach.obstacle(storages)
+        if obstacle is not None:
+            raise EvacuationError(f"PyTorch's memory has to stay on the GPU: {obstacle}")
+        # Memory that belongs to another framework or process is not ours to move, and stays.
+        storages = [storage for storage in storages if storage.resizable()]
+        sizes = [int(torch._C.StorageBase.nbytes(storage)) for storage in storages]
+        try:
+            places = self._pool.take(sizes)
+        except MemoryError as error:
+            raise EvacuationError(f"no room in host memory for {sum(sizes)} bytes of PyTorch's: {error}") from None
+        try:
+            self.synchronize()
+            with _Copying(self._streams, storages, self._real):
+                for storage, place in zip(storages, places, strict=True):
+                    self._copy(place.storage(), storage, place.slab.page_locked)
+        except (RuntimeError, MemoryError) as error:
+            self._pool.give_back(places)
+            raise EvacuationError(f"PyTorch could not copy its memory to the host: {error}") from None
+        self._parked += [_Parked(storage, place, self._pool) for storage, place in zip(storages, places, strict=True)]
+        try:
+            for storage in storages:
+                self._resize(storage, 0)
+        except RuntimeError as error:
+            self.restore()
+            raise EvacuationError(f"PyTorch could not free its memory on the GPU: {error}") from None
+        storage = None
+        storages.clear()
+        self._empty_cache()
+        return sum(sizes)
+
+    def restore(self) -> int:
+        """Bring back what evacuate() moved. Returns bytes moved; after a MemoryError it may be called again."""
+        back: list[tuple[Any, _Parked]] = []
+        failure: str | None = None
+        for parked in self._parked:
+            storage = parked.storage()
+            if storage is None:
+                continue
+            try:
+                self._resize(storage, parked.nbytes)
+            except OutOfMemoryError as error:
+                failure = str(error)
+                break
+            back.append((storage, parked))
+        storages = [storage for storage, _ in back]
+        with _Copying(self._streams, storages, self._real):
+            for storage, parked in back:
+                self._copy(storage, parked.place.storage(), parked.place.slab.page_locked)
+        moved = sum(parked.nbytes for _, parked in back)
+        self._pool.give_back([parked.place for _, parked in back])
+        done = {id(parked) for _, parked in back}
+        del storages
+        self._parked = [parked for parked in self._parked if id(parked) not in done and parked.storage() is not None]
+        back.clear()
+        if failure is not None:
+            left = sum(parked.nbytes for parked in self._parked)
+            raise MemoryError(f"the GPU has no room for {left} bytes of PyTorch's: {failure}")
+        self._pool.trim_if_short()
+        return moved
+
+
+class _Copying:
+    """Copies between host and GPU started inside run side by side, on a stream of their own, and are done at its end.
+
+    Without a real GPU there are no streams, and each copy is done when it returns.
+    """
+
+    def __init__(self, streams: dict[int, Any], storages: list[Any], real: bool) -> None:
+        self._ordinals = sorted({storage.device.index or 0 for storage in storages}) if real else []
+        self._streams = streams
+        self._contexts: list[Any] = []
+
+    def __enter__(self) -> None:
+        for ordinal in self._ordinals:
+            stream = self._streams.get(ordinal)
+            if stream is None:
+                stream = self._streams[ordinal] = cuda.Stream(ordinal)
+            context = cuda.stream(stream)
+            context.__enter__()
+            self._contexts.append(context)
+
+    def __exit__(self, *error: Any) -> None:
+        while self._contexts:
+            self._contexts.pop().__exit__(None, None, None)
+        for ordinal in self._ordinals:
+            self._streams[ordinal].synchronize()
+
+
+def _page_locking() -> tuple[Any, Any]:
+    """The functions that page-lock memory and undo it, for HostPool."""
+
+    def register(address: int, nbytes: int) -> int:
+        return int(cuda.cudart().cudaHostRegister(address, nbytes, 1))  # 1: portable between contexts
+
+    def unregister(address: int) -> int:
+        return int(cuda.cudart().cudaHostUnregister(address))
+
+    return register, unregister

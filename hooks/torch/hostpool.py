@@ -1,0 +1,238 @@
+"""Host memory for evacuated bytes: large page-locked slabs, kept between evacuations, given back when memory is short.
+
+Slabs are anonymous maps registered with the CUDA driver, rather than PyTorch's own pinned allocations: those are
+rounded up to a power of two and never go back to the operating system.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+SLAB = 256 << 20
+"""Bytes of a slab; larger storages get one of their own."""
+
+ALIGN = 512
+RESERVE = 256 << 20
+"""Bytes of host memory that evacuation leaves to everybody else."""
+
+
+class Slab:
+    """One map, filled from its start; `tenants` are the places in it that are in use."""
+
+    def __init__(self, nbytes: int, register: Callable[[int, int], Any] | None) -> None:
+        self.nbytes = nbytes
+        self.filled = 0
+        self.tenants: set[Place] = set()
+        self._map: Any = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        except (AttributeError, OSError, ValueError):
+            pass  # only quicker with it
+        self.page_locked = False
+        self._address = torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr()
+        if register is not None:
+            try:
+                self.page_locked = not int(register(self._address, nbytes))
+            except Exception:
+                pass  # an ordinary copy, slower, works as well
+
+    def storage(self, offset: int, nbytes: int) -> Any:
+        """The bytes at `offset` as a storage of exactly `nbytes`."""
+        return torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=offset).untyped_storage()
+
+    def close(self, unregister: Callable[[int], Any] | None) -> None:
+        """Give the memory back; at once, if nothing looks at it any more."""
+        if self.page_locked and unregister is not None:
+            try:
+                unregister(self._address)
+            except Exception:
+                pass
+        self.page_locked = False
+        self._map = None
+
+
+class Place:
+    """A stretch of a slab that holds one storage's bytes."""
+
+    __slots__ = ("nbytes", "offset", "slab")
+
+    def __init__(self, slab: Slab, offset: int, nbytes: int) -> None:
+        self.slab = slab
+        self.offset = offset
+        self.nbytes = nbytes
+
+    def storage(self) -> Any:
+        """The bytes, as a storage on the host."""
+        return self.slab.storage(self.offset, self.nbytes)
+
+
+class HostPool:
+    """Slabs, reused from one evacuation to the next."""
+
+    def __init__(
+        self,
+        register: Callable[[int, int], Any] | None = None,
+        unregister: Callable[[int], Any] | None = None,
+        available: Callable[[], int | None] | None = None,
+    ) -> None:
+        """`register(address, nbytes)` page-locks and returns 0, `unregister(address)` undoes it; None: ordinary memory.
+
+        `available()` says how many bytes the host can still give; None when that cannot be known.
+        """
+        self._register = register
+        self._unregister = unregister
+        self._available = available or available_bytes
+        self._slabs: list[Slab] = []
+
+    def anew(self) -> HostPool:
+        """An empty pool of the same kind."""
+        return HostPool(self._register, self._unregister, self._available)
+
+    def held(self) -> int:
+        """Bytes of host memory in the pool, used or not."""
+        return sum(slab.nbytes for slab in self._slabs)
+
+    def take(self, sizes: list[int]) -> list[Place]:
+        """A place for each size in bytes. Raises MemoryError, with nothing taken, when the host has not enough."""
+        places: list[Place] = []
+        slabs = [slab for slab in self._slabs if not slab.tenants]
+        for slab in slabs:
+            slab.filled = 0
+        total = sum(-(-size // ALIGN) * ALIGN for size in sizes)
+        new = max(0, total - sum(slab.nbytes for slab in slabs))
+        left = self._available()
+        if left is not None and new + RESERVE > left:
+            raise MemoryError(f"{new} bytes more are needed and the host has {max(0, left - RESERVE)} to give")
+        made: list[Slab] = []
+        try:
+            for size in sizes:
+                stretch = -(-size // ALIGN) * ALIGN
+                roomy = next((slab for slab in slabs if slab.nbytes - slab.filled >= stretch), None)
+                slab = roomy or Slab(max(min(SLAB, _pages(total)), _pages(stretch)), self._register)
+                if roomy is None:
+                    made.append(slab)
+                    slabs.insert(0, slab)
+                place = Place(slab, slab.filled, size)
+                slab.filled += stretch
+                if slab.nbytes - slab.filled < ALIGN:
+                    slabs.remove(slab)
+                slab.tenants.add(place)
+                places.append(place)
+        except (OSError, MemoryError, RuntimeError) as error:
+            self.give_back(places)
+            for slab in made:
+                slab.close(self._unregister)
+            raise MemoryError(f"the host gives no more memory: {error}") from None
+        self._slabs.extend(made)
+        return places
+
+    def give_back(self, places: list[Place]) -> None:
+        """These places are free again; their slabs stay in the pool."""
+        for place in places:
+            place.slab.tenants.discard(place)
+
+    def drop(self, place: Place) -> None:
+        """What was in this place is gone for good, and so is its slab, once nothing else is in it.
+
+        May be called by the garbage collector, on any thread, at any moment: takes no lock.
+        """
+        place.slab.tenants.discard(place)
+        if not place.slab.tenants:
+            self._close(place.slab)
+
+    def trim(self) -> None:
+        """Give back every slab that nothing is in."""
+        for slab in [slab for slab in self._slabs if not slab.tenants]:
+            self._close(slab)
+
+    def trim_if_short(self) -> None:
+        """trim(), when the host is short of memory: keeping slabs only saves the time to page-lock them again."""
+        left = self._available()
+        if left is not None and left < self.held() + RESERVE:
+            self.trim()
+
+    def _close(self, slab: Slab) -> None:
+        try:
+            self._slabs.remove(slab)
+        except ValueError:
+            return
+        slab.close(self._unregister)
+
+
+def _pages(nbytes: int) -> int:
+    """Rounded up to whole pages."""
+    return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def available_bytes() -> int | None:
+    """Host memory that this process could still take: what the kernel calls available, within its control group.
+
+    None when the kernel does not say.
+    """
+    limits = [_meminfo_available(), _cgroup_available()]
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else None
+
+
+def _meminfo_available() -> int | None:
+    """MemAvailable of /proc/meminfo, in bytes."""
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) << 10
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
+def _cgroup_available() -> int | None:
+    """What is left under the tightest memory limit of this process's control group and those above it."""
+    left: list[int] = []
+    for directory, limit, usage, statistics in _cgroup_files():
+        try:
+            with open(f"{directory}/{limit}") as file:
+                ceiling = int(file.read())  # "max" is not a number: no limit here
+            with open(f"{directory}/{usage}") as file:
+                used = int(file.read())
+            used -= _file_cache(f"{directory}/{statistics}")
+        except (OSError, ValueError):
+            continue
+        if ceiling < 1 << 60:
+            left.append(ceiling - used)
+    return min(left) if left else None
+
+
+def _cgroup_files() -> list[tuple[str, str, str, str]]:
+    """Directory, limit file, usage file and statistics file of the control groups that this process is in."""
+    found = []
+    try:
+        with open("/proc/self/cgroup") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, names = "/sys/fs/cgroup", ("memory.max", "memory.current", "memory.stat")
+        elif "memory" in controllers.split(","):
+            root, names = "/sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
+        else:
+            continue
+        parts = [part for part in path.split("/") if part]
+        found += [("/".join([root, *parts[:depth]]), *names) for depth in range(len(parts), -1, -1)]
+    return found
+
+
+def _file_cache(path: str) -> int:
+    """Bytes of file cache in a group's statistics that the kernel would give up first."""
+    with open(path) as lines:
+        for line in lines:
+            name, _, value = line.partition(" ")
+            if name in ("inactive_file", "total_inactive_file"):
+                return int(value)
+    return 0
