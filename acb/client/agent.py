@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from acb import config
@@ -81,6 +82,9 @@ class Agent:
         self._lock = threading.RLock()  # of the fields below, and of whoever moves memory or gives up the lease
         self._thread: AgentThread | None = None
         self._socket: socket.socket | None = None
+        self._poller: select.epoll | None = None  # of the agent's thread: the wake-up call, and the socket
+        self._reading = threading.Lock()  # held by the thread that reads the socket and deals with what it says
+        self._passed_on: deque[Message] = deque()  # what listen() has read and leaves to the agent's thread
         self._wake_fd = -1
         self._welcomed = False
         self._requested = False
@@ -114,12 +118,47 @@ class Agent:
 
                 reason, self._refusal, self._wanted = self._refusal, "", False
                 raise LeaseRefused(reason)
+            if not self.gate.closed:
+                return  # it was opened while this thread waited for the lock
             if not self._wanted:
                 self._wanted = True
-                self._trace.change("waiting", "GPU entry")
+                if not self.lease:
+                    self._trace.change("waiting", "GPU entry")
             if self._thread is None:
                 self._start()
             self._request()
+
+    def listen(self) -> bool:
+        """A thread has asked for a lease: let it read the answer by itself, which spares a hand-over the way through
+        the agent's thread. False: this cannot be, wait for the gate to open.
+        """
+        if not self._reading.acquire(blocking=False):
+            return False
+        try:
+            with self._lock:
+                connection, poller = self._socket, self._poller
+                if connection is None or poller is None or not self._requested or self._evacuated or self._passed_on:
+                    return False
+                poller.unregister(connection)
+            try:
+                # Not recv(), which acb's own hooks take for something that the program does.
+                packet = os.read(connection.fileno(), MAX_PACKET)
+                if not packet:
+                    return False  # the agent's thread will see it, too
+                message = decode(packet)
+                if isinstance(message, Grant):
+                    self._take(message)
+                else:  # memory must not be moved by the program's threads, and the rest is not urgent
+                    self._passed_on.append(message)
+            finally:
+                poller.register(connection, select.EPOLLIN)
+        except (OSError, ProtocolError):
+            return False
+        finally:
+            self._reading.release()
+        if self._passed_on or self._trace.enabled:
+            self._wake()
+        return self.lease
 
     def idle(self) -> None:
         """A thread left its region while the gate is watched, or said that it does something else."""
@@ -166,12 +205,16 @@ class Agent:
         for descriptor in (self._socket.detach() if self._socket else -1, self._wake_fd):
             if descriptor >= 0:
                 os.close(descriptor)
-        self._socket, self._wake_fd, self._welcomed = None, -1, False
+        if self._poller is not None:
+            self._poller.close()
+        self._socket, self._poller, self._wake_fd, self._welcomed = None, None, -1, False
 
     # --- the thread -------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poller = select.epoll()
+        self._poller.register(self._wake_fd, select.EPOLLIN)
         self._thread = AgentThread(self._run)
         self._thread.start()
 
@@ -193,29 +236,38 @@ class Agent:
         """Wait for something to happen, and deal with it."""
         if self._socket is None:
             self._connect()
-        poller = select.poll()
-        poller.register(self._wake_fd, select.POLLIN)
-        if self._socket is not None:
-            poller.register(self._socket, select.POLLIN)
+        poller = self._poller
+        assert poller is not None
         while True:
             with self._lock:
+                while self._passed_on:
+                    self._take(self._passed_on.popleft())
                 wait = self._consider(time.monotonic())
                 if self._socket is None:
                     wait = self._patience
-            events = poller.poll(None if wait is None else max(0, wait * 1000))
-            if any(fd == self._wake_fd for fd, _ in events):
-                os.eventfd_read(self._wake_fd)
+            for descriptor, _ in poller.poll(wait):
+                if descriptor == self._wake_fd:
+                    os.eventfd_read(self._wake_fd)
+                elif not self._read():
+                    self._disconnected()
             if self._socket is None:
                 return
-            if any(fd != self._wake_fd for fd, _ in events):
-                try:
-                    packet = self._socket.recv(MAX_PACKET)
-                except OSError:
-                    packet = b""
-                if not packet:
-                    self._disconnected()
-                    return
+
+    def _read(self) -> bool:
+        """Take one packet of the broker's, unless a thread of the program reads. False: the connection is closed."""
+        if self._socket is None or not self._reading.acquire(blocking=False):
+            return True
+        try:
+            packet = self._socket.recv(MAX_PACKET, socket.MSG_DONTWAIT)
+            if packet:
                 self._take(decode(packet))
+            return bool(packet)
+        except BlockingIOError:
+            return True  # a thread of the program was faster
+        except OSError:
+            return False
+        finally:
+            self._reading.release()
 
     def _connect(self) -> None:
         """Try to reach the broker and say hello; start one if that is wished and none is there."""
@@ -227,7 +279,9 @@ class Agent:
             self._missing(error)
             return
         with self._lock:
+            assert self._poller is not None
             self._socket, self._lost_at = connection, None
+            self._poller.register(connection, select.EPOLLIN)
             hint = os.environ.get("ACB_GPU_MEMORY", "")
             hello = Hello(
                 VERSION,
@@ -278,6 +332,7 @@ class Agent:
         with self._lock:
             if self._socket is not None:
                 self._socket.close()
+            self._passed_on.clear()
             self._socket, self._welcomed, self._requested = None, False, False
             self._lost_at = time.monotonic()
             self._restart_at, self._patience = self._lost_at + RESTART_AFTER, 0.02
@@ -354,7 +409,8 @@ class Agent:
         self.lease, self._requested, self._revoked = True, False, False
         if not self._simulated and grant.visible:
             # Read by CUDA when it starts in this process; without effect, and without harm, after that.
-            os.environ["CUDA_VISIBLE_DEVICES"] = grant.visible
+            if os.environ.get("CUDA_VISIBLE_DEVICES") != grant.visible:
+                os.environ["CUDA_VISIBLE_DEVICES"] = grant.visible
         if self._evacuated:
             self._restore()
         else:
@@ -445,10 +501,10 @@ class Agent:
             self._closing = True
             self.gate.close()
             return 0.0
-        wait = self._linger() - (now - self.gate.last_exit)
         ended = self._ended_at >= self.gate.last_exit
         said = ended or self.gate.marked()
-        if wait > 0 and not said and not preempt:
+        wait = 0.0 if said else self._linger() - (now - self.gate.last_exit)
+        if wait > 0 and not preempt:
             return max(min(wait, self._preempt_at - now), 0.0)
         self.gate.close()
         if self.gate.busy():  # a thread was faster
@@ -506,7 +562,7 @@ def _start_broker(python: str) -> str:
     command = [python, "-m", "acb.cli.gpu_assigner", "start", "--recover"]
     try:
         done = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+            command, env=environment, cwd="/", stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
         )
     except (OSError, subprocess.SubprocessError) as error:
         return str(error)
