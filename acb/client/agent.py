@@ -12,13 +12,13 @@ moved. Its rules:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
 import sys
 import threading
 import time
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from acb import config
@@ -57,6 +57,12 @@ RESTART_AFTER = 0.5
 RESTART_EVERY = 10.0
 """Seconds between a client's tries to start one."""
 
+MAX_GRANT = 1024
+"""Bytes: no packet with a grant is longer."""
+
+_receive = socket.SocketType.recv
+"""Not socket.socket's, which acb's own hooks replace to learn of what the program waits for."""
+
 TRACE_LINGER = 0.02
 """Seconds of idleness that a trace shows as such."""
 
@@ -84,7 +90,6 @@ class Agent:
         self._socket: socket.socket | None = None
         self._poller: select.epoll | None = None  # of the agent's thread: the wake-up call, and the socket
         self._reading = threading.Lock()  # held by the thread that reads the socket and deals with what it says
-        self._passed_on: deque[Message] = deque()  # what listen() has read and leaves to the agent's thread
         self._wake_fd = -1
         self._welcomed = False
         self._requested = False
@@ -129,36 +134,34 @@ class Agent:
             self._request()
 
     def listen(self) -> bool:
-        """A thread has asked for a lease: let it read the answer by itself, which spares a hand-over the way through
-        the agent's thread. False: this cannot be, wait for the gate to open.
+        """A thread has asked for a lease and has nothing else to do: it reads the grant by itself, which spares a
+        hand-over the way through the agent's thread. False: that cannot be, or something else has come.
+
+        Another message than a grant stays on the socket, for the agent's thread to take: the program's threads must not
+        move memory. A grant is taken off only when it has been dealt with, so that none is lost to a KeyboardInterrupt.
         """
         if not self._reading.acquire(blocking=False):
             return False
+        connection = None
         try:
             with self._lock:
-                connection, poller = self._socket, self._poller
-                if connection is None or poller is None or not self._requested or self._evacuated or self._passed_on:
+                if self._socket is None or self._poller is None or not self._requested or self._evacuated:
                     return False
-                poller.unregister(connection)
-            try:
-                # Not recv(), which acb's own hooks take for something that the program does.
-                packet = os.read(connection.fileno(), MAX_PACKET)
-                if not packet:
-                    return False  # the agent's thread will see it, too
-                message = decode(packet)
-                if isinstance(message, Grant):
+                connection = self._socket
+                self._poller.unregister(connection)
+            message = decode(_receive(connection, MAX_GRANT, socket.MSG_PEEK))
+            if isinstance(message, Grant):
+                with self._lock:
                     self._take(message)
-                else:  # memory must not be moved by the program's threads, and the rest is not urgent
-                    self._passed_on.append(message)
-            finally:
-                poller.register(connection, select.EPOLLIN)
+                    _receive(connection, 1)
+                return True
         except (OSError, ProtocolError):
-            return False
+            pass  # the agent's thread will see it, too
         finally:
+            if connection is not None:
+                self._hear(connection)
             self._reading.release()
-        if self._passed_on or self._trace.enabled:
-            self._wake()
-        return self.lease
+        return False
 
     def idle(self) -> None:
         """A thread left its region while the gate is watched, or said that it does something else."""
@@ -240,8 +243,6 @@ class Agent:
         assert poller is not None
         while True:
             with self._lock:
-                while self._passed_on:
-                    self._take(self._passed_on.popleft())
                 wait = self._consider(time.monotonic())
                 if self._socket is None:
                     wait = self._patience
@@ -258,7 +259,7 @@ class Agent:
         if self._socket is None or not self._reading.acquire(blocking=False):
             return True
         try:
-            packet = self._socket.recv(MAX_PACKET, socket.MSG_DONTWAIT)
+            packet = _receive(self._socket, MAX_PACKET, socket.MSG_DONTWAIT)
             if packet:
                 self._take(decode(packet))
             return bool(packet)
@@ -268,6 +269,14 @@ class Agent:
             return False
         finally:
             self._reading.release()
+
+    def _hear(self, connection: socket.socket) -> None:
+        """From now on the agent's thread reads."""
+        with contextlib.suppress(OSError):
+            if self._poller is not None:
+                self._poller.register(connection, select.EPOLLIN)
+        if self._trace.enabled:
+            self._wake()  # a granted lease is watched
 
     def _connect(self) -> None:
         """Try to reach the broker and say hello; start one if that is wished and none is there."""
@@ -279,9 +288,8 @@ class Agent:
             self._missing(error)
             return
         with self._lock:
-            assert self._poller is not None
             self._socket, self._lost_at = connection, None
-            self._poller.register(connection, select.EPOLLIN)
+            self._hear(connection)
             hint = os.environ.get("ACB_GPU_MEMORY", "")
             hello = Hello(
                 VERSION,
@@ -329,10 +337,12 @@ class Agent:
 
     def _disconnected(self) -> None:
         """The broker is gone: keep what is held; whoever waits goes on waiting."""
-        with self._lock:
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that listens
+        with self._reading, self._lock:
             if self._socket is not None:
                 self._socket.close()
-            self._passed_on.clear()
             self._socket, self._welcomed, self._requested = None, False, False
             self._lost_at = time.monotonic()
             self._restart_at, self._patience = self._lost_at + RESTART_AFTER, 0.02
@@ -407,10 +417,9 @@ class Agent:
     def _granted(self, grant: Grant) -> None:
         self.gpu, self._headroom = grant.gpu, grant.headroom
         self.lease, self._requested, self._revoked = True, False, False
-        if not self._simulated and grant.visible:
+        if not self._simulated and os.environ.get("CUDA_VISIBLE_DEVICES") != (grant.visible or None):
             # Read by CUDA when it starts in this process; without effect, and without harm, after that.
-            if os.environ.get("CUDA_VISIBLE_DEVICES") != grant.visible:
-                os.environ["CUDA_VISIBLE_DEVICES"] = grant.visible
+            os.environ["CUDA_VISIBLE_DEVICES"] = grant.visible
         if self._evacuated:
             self._restore()
         else:

@@ -60,8 +60,11 @@ class Gate:
     `closed` and `watched` are read by hooks without a lock. Only the agent calls watch(), close() and open().
     """
 
-    def __init__(self, ask: Callable[[], None], idle: Callable[[], None]) -> None:
-        """`ask()` is called, without locks held, by a thread that must wait, and may raise; `idle()` after a watched
+    def __init__(
+        self, ask: Callable[[], None], idle: Callable[[], None], listen: Callable[[], bool] = lambda: False
+    ) -> None:
+        """`ask()` is called, without locks held, by a thread that must wait, and may raise; then `listen()`, which may
+        wait on that thread until open() has been called, and returns False if it did not; `idle()` after a watched
         region ends."""
         self.closed = True
         self.watched = False
@@ -70,6 +73,7 @@ class Gate:
         self.gaps: deque[float] = deque(maxlen=64)
         self._refusals = 0
         self._ask = ask
+        self._listen = listen
         self._idle = idle
         self._states: list[weakref.ref[ThreadState]] = []
         self._local = _Local(self._states)
@@ -131,11 +135,12 @@ class Gate:
                 self._idle()  # the agent may have seen this thread inside for a moment
             refusals = self._refusals
             self._ask()
-            with self._opened:
-                # The time limit only so that a lease is asked for again when the connection broke in between.
-                end = time.monotonic() + 1.0
-                while self.closed and self._refusals == refusals and (left := end - time.monotonic()) > 0:
-                    self._opened.wait(left)
+            if not self._listen():
+                with self._opened:
+                    # The time limit only so that a lease is asked for again when the connection broke in between.
+                    end = time.monotonic() + 1.0
+                    while self.closed and self._refusals == refusals and (left := end - time.monotonic()) > 0:
+                        self._opened.wait(left)
             state.depth = 1
             if not self.closed:
                 return

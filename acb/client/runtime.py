@@ -34,7 +34,7 @@ class Client:
         self.simulated = Path(simulated) if simulated else None
         self.evacuators: list[Evacuator] = []
         self.agent = Agent(self.evacuators, name=_program_name(), simulated=self.simulated is not None)
-        self.gate = Gate(self.agent.ask, self.agent.idle)
+        self.gate = Gate(self.agent.ask, self.agent.idle, self.agent.listen)
         self.agent.gate = self.gate
         if not self.gating:
             self.gate.open()
