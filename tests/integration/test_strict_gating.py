@@ -29,7 +29,9 @@ def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("program", "framework", "rounds"), [("mixed_torch.py", "torch", 6), ("mixed_jax.py", "jax", 6)])
+@pytest.mark.parametrize(
+    ("program", "framework", "rounds"), [("mixed_torch.py", "torch", 6), ("mixed_jax.py", "jax", 6)]
+)
 def test_nothing_touches_the_device_while_another_client_holds_it(
     environment: dict[str, str], program: str, framework: str, rounds: int
 ) -> None:

@@ -42,9 +42,7 @@ def train(generator: torch.Generator, digest: list[float]) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     model.to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    data = TensorDataset(
-        torch.randn(24, 16, generator=generator), torch.randint(0, 4, (24,), generator=generator)
-    )
+    data = TensorDataset(torch.randn(24, 16, generator=generator), torch.randint(0, 4, (24,), generator=generator))
     for _ in range(ROUNDS):
         for inputs, labels in DataLoader(data, batch_size=8):
             optimizer.zero_grad()
