@@ -149,6 +149,8 @@ class JaxEvacuator:
                 raise EvacuationError(f"jax did not free an array: {error}") from error
             del arrays, array
             trim_pool()
+            if self._ledger is not None:
+                self._ledger.audit()  # arrays that are just being dropped have freed their buffers, but not said so yet
             return moved
 
     def _plan(self, arrays: list[Any], *, strict: bool) -> tuple[list[_Evacuated], dict[Any, int]]:

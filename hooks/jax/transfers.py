@@ -42,7 +42,7 @@ def patches(evacuator: JaxEvacuator) -> list[Callable[[Internals], None]]:
             return in_region(again_with_more_room(original), _put_concerns)
 
         replace(internals.xla_client, "batched_device_put", put)
-        replace(internals.pxla, "batched_device_put", put)
+        replace(internals.pxla, "batched_device_put", lambda original: in_region(original, _put_concerns))
 
     def between_devices(internals: Internals) -> None:
         def copy(original: Any) -> Any:
@@ -60,6 +60,11 @@ def patches(evacuator: JaxEvacuator) -> list[Callable[[Internals], None]]:
             "make_array_from_single_device_arrays",
             lambda original: in_region(original, _any_concerns),
         )
+
+    def wrapping(internals: Internals) -> None:
+        """New array objects for buffers that others hold: with one evacuated in between, they would have none."""
+        kind = internals.extension.ResultHandler
+        replace(kind, "__call__", lambda original: in_region(original, _any_concerns))
 
     def exchange(internals: Internals) -> None:
         """DLPack and CUDA's array interface, both ways."""
@@ -98,8 +103,8 @@ def patches(evacuator: JaxEvacuator) -> list[Callable[[Internals], None]]:
         replace(internals.dispatch.RuntimeTokenSet, "set_output_runtime_token", evacuator.wrap_tokens)
 
     return [
-        to_devices, between_devices, many_arrays, exchange, array_methods, array_properties, pointers, deletion,
-        pending_effects,
+        to_devices, between_devices, many_arrays, wrapping, exchange, array_methods, array_properties, pointers,
+        deletion, pending_effects,
     ]  # fmt: skip
 
 

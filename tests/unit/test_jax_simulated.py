@@ -199,6 +199,102 @@ del threads; gc.collect()
 print(json.dumps([wrong, dev.memory_stats()["bytes_in_use"]]))
 """
 
+REVOKED = """
+import random, time
+from acb.client import runtime
+from acb.hooks.jax import ledger
+client = runtime.client()
+gate, (evacuator,) = client.gate, client.evacuators
+gate._ask = gate._idle = lambda: None
+card = ledger._open_card()
+me, other = [os.getpid()], [1]
+f = jax.jit(lambda a: (a @ a) / 8)
+donating = jax.jit(lambda a: a + 1, donate_argnums=0)
+stop, laps, wrong = threading.Event(), [0, 0, 0], []
+def computing(x):
+    x = f(x)
+    y = jnp.sin(x).at[0].set(0) * 0 + donating(jnp.array(x)) - 1
+    return y[::-1]
+def moving(x):
+    host = np.asarray(x)
+    x = jax.device_put(host)
+    float(x[0, 0]); x.block_until_ready(); jax.device_get([x, x]); x.tolist(); repr(x)
+    return jnp.asarray(host) + jax.random.key_data(jax.random.key(1))[0].astype(jnp.float32)
+def compiling(x):
+    n = laps[2] % 7 + 1
+    return jax.grad(lambda a: (a * n).sum() / n)(x) * jax.jit(lambda a: a / n * n)(x)
+def work(i, step):
+    x = jnp.ones((8, 8))
+    kept = [x, x.addressable_data(0)]
+    while not stop.is_set():
+        x = step(x)
+        laps[i] += 1
+    if not (np.asarray(x) == 1).all() or not (np.asarray(kept[1]) == 1).all():
+        wrong.append([i, np.asarray(x).tolist()])
+threads = [threading.Thread(target=work, args=(i, s)) for i, s in enumerate([computing, moving, compiling])]
+card.set_holders(me)
+gate.open()
+[t.start() for t in threads]
+rng = random.Random(5)
+evacuations = 0
+for turn in range(25):
+    goal, most = laps[:], rng.choice([1, 1, 2])
+    while sum(laps) < sum(goal) + most:
+        time.sleep(rng.random() / 200)
+    gate.close()
+    while gate.busy():
+        time.sleep(0)
+    evacuator.synchronize()
+    card.set_holders(other)
+    if turn % 2:
+        evacuator.evacuate()
+        evacuations += 1
+        if card.held() or evacuator.resident():
+            wrong.append(["left", card.held(), evacuator.resident()])
+    seen = laps[:]
+    time.sleep(rng.random() / 200)
+    card.set_holders(me)
+    evacuator.restore()
+    gate.open()
+stop.set()
+[t.join() for t in threads]
+del threads; gc.collect(); jax.clear_caches(); gc.collect()
+print(json.dumps([wrong, [list(v) for v in card.violations()], card.held()]))
+"""
+
+ROOM = """
+from acb.client import runtime
+client = runtime.client()
+gate, (evacuator,) = client.gate, client.evacuators
+gate._ask = gate._idle = lambda: None
+gate.open()
+asked, big = [], [jnp.ones((3 << 20,))]
+def more_room(nbytes):
+    asked.append(nbytes)
+    return bool(big) and not big.clear()
+client.agent.more_room = more_room
+put = jax.device_put(np.ones((2 << 20,), np.float32))
+big.append(jnp.ones((3 << 19,)))
+made = jax.jit(lambda: jnp.ones((1 << 20,)))()
+try:
+    np_ = jax.device_put(np.ones((4 << 20,), np.float32))
+except jax.errors.JaxRuntimeError as error:
+    seen = str(error)[:18]
+gate.close()
+evacuator.evacuate()
+from acb.hooks.jax import ledger
+card = ledger._open_card()
+card.allocate(12 << 20)
+try:
+    evacuator.restore()
+except MemoryError as error:
+    seen += "|" + str(error)[:18]
+card.free(12 << 20)
+evacuator.restore()
+gate.open()
+print(json.dumps([asked, seen, float(np.asarray(put).sum()), float(np.asarray(made).sum())]))
+"""
+
 FORKED = """
 child = os.fork()
 if not child:
@@ -306,6 +402,17 @@ def test_the_referee_sees_every_operation_and_nothing_else(card: Path) -> None:
 
 def test_training_and_attention_are_those_of_the_cpu_bit_for_bit(card: Path) -> None:
     assert run(card, TRAINING) == run(None, TRAINING)
+
+
+def test_revoked_at_random_moments_nothing_runs_without_the_lease(card: Path) -> None:
+    assert run(card, REVOKED, ACB_BROKER="auto") == [[], [], 0]
+
+
+def test_the_broker_is_asked_for_room_before_the_program_sees_an_error(card: Path) -> None:
+    asked, seen, put, made = run(card, ROOM, ACB_BROKER="auto")
+    assert asked == [8 << 20, 4 << 20, 16 << 20]
+    assert seen == "RESOURCE_EXHAUSTED|RESOURCE_EXHAUSTED"
+    assert (put, made) == (2 << 20, 1 << 20)
 
 
 def test_threads(card: Path) -> None:
