@@ -87,7 +87,6 @@ def _built_for_gpus(torch: Any) -> bool:
 
 def _install_simulated(torch: ModuleType) -> None:
     """Let ``cuda`` devices appear, which are files shared by all programs of this person."""
-    from acb.client.runtime import client
     from acb.hooks.torch import simulated
 
-    simulated.install(torch, client)
+    simulated.install(torch)

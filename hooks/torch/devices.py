@@ -17,8 +17,6 @@ _DEPTH = 2  # levels of lists and dictionaries looked into
 _LEGACY_PREFIX = {"cuda": "torch.cuda."}  # x.type("torch.cuda.FloatTensor")
 _Tensor: Any = torch.Tensor
 _device: Any = torch.device
-_to: Any = torch.Tensor.to
-_cuda: Any = torch.Tensor.cuda
 
 
 def _answers(types: set[str]) -> Callable[[Any], bool]:
@@ -122,7 +120,9 @@ def operation_touches(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] |
     if touches(args, kwargs):
         return True
     if args and isinstance(args[0], _Tensor):
-        return (func is _to and len(args) > 1 and names_gated(args[1])) or (func is _cuda and "cuda" in GATED)
+        # By name, for a simulated GPU puts functions of its own in place of these.
+        name = getattr(func, "__name__", "")
+        return (name == "to" and len(args) > 1 and names_gated(args[1])) or (name == "cuda" and "cuda" in GATED)
     return func in _FACTORIES and (not kwargs or kwargs.get("device") is None) and default_is_gated()
 
 

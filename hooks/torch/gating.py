@@ -124,9 +124,9 @@ def patch_module_moves(patches: Patches) -> None:
     def to_cuda(args: Any, kwargs: Any) -> bool:
         return "cuda" in devices.GATED or module_touches(args, kwargs)
 
-    patches.replace(Module, "cuda", lambda original: gated(original, to_cuda, repeatable=True))
-    patches.replace_all(Module, ("to", "to_empty"), lambda original: gated(original, moves, repeatable=True))
-    patches.replace(Module, "_apply", lambda original: gated(original, module_touches, repeatable=True))
+    patches.replace(Module, "cuda", lambda original: gated(original, to_cuda, retried=True))
+    patches.replace_all(Module, ("to", "to_empty"), lambda original: gated(original, moves, retried=True))
+    patches.replace(Module, "_apply", lambda original: gated(original, module_touches, retried=True))
 
 
 def patch_module_state(patches: Patches) -> None:

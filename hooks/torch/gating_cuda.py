@@ -108,7 +108,7 @@ class _LegacyType(type):
     _legacy: Any
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        return gated(cls._legacy, always, repeatable=True)(*args, **kwargs)
+        return gated(cls._legacy, always, retried=True)(*args, **kwargs)
 
     def __instancecheck__(cls, value: Any) -> bool:
         return isinstance(value, cls._legacy)
@@ -178,7 +178,7 @@ def patch_storages(patches: Patches) -> None:
         return handle
 
     patches.set(kind, "_share_cuda_", _share_cuda_)
-    make = gated(kind.__new__, lambda args, kwargs: devices.touches(args[1:], kwargs), repeatable=True)
+    make = gated(kind.__new__, lambda args, kwargs: devices.touches(args[1:], kwargs), retried=True)
     patches.set(kind, "__new__", staticmethod(make))
 
 
@@ -189,9 +189,7 @@ def patch_load(patches: Patches) -> None:
     def to_gated(args: Any, kwargs: Any) -> bool:
         return any(devices.names_gated(value) for value in (*args[1:], *kwargs.values()))
 
-    patches.replace(
-        serialization, "default_restore_location", lambda original: gated(original, to_gated, repeatable=True)
-    )
+    patches.replace(serialization, "default_restore_location", lambda original: gated(original, to_gated, retried=True))
 
 
 def patch_collectives(patches: Patches) -> None:

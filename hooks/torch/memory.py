@@ -17,23 +17,17 @@ _WANTED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB|TiB)")
 _UNKNOWN = 256 << 20  # asked for when the error does not say
 
 
-def _repeatable() -> frozenset[Any]:
-    """Operations that allocate first, change nothing, and draw no random numbers before they have their memory."""
-    functions: set[Any] = set()
-    try:
-        from torch.utils._device import _device_constructors
-
-        functions |= set(_device_constructors())
-    except Exception:
-        pass
-    methods = "to cuda clone contiguous new_empty new_zeros new_ones new_full new_tensor float half double bfloat16"
-    functions |= {getattr(torch.Tensor, name) for name in methods.split()}
-    names = "clone empty_like zeros_like ones_like full_like rand_like randn_like cat stack"
-    functions |= {getattr(torch, name) for name in names.split()}
-    return frozenset(functions)
+_NAMES = (
+    "to cuda clone contiguous float half double bfloat16 new_empty new_zeros new_ones new_full new_tensor empty_like "
+    "zeros_like ones_like full_like rand_like randn_like cat stack empty empty_strided zeros ones full arange eye "
+    "linspace logspace rand randn randint randperm tensor as_tensor asarray scalar_tensor"
+)
+_REPEATABLE = frozenset(_NAMES.split())
 
 
-REPEATABLE = _repeatable()
+def repeatable(func: Any) -> bool:
+    """Whether an operation allocates first, changes nothing, and draws no random numbers before it has its memory."""
+    return getattr(func, "__name__", "") in _REPEATABLE
 
 
 def wanted_bytes(error: BaseException) -> int:

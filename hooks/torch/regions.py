@@ -31,12 +31,13 @@ from torch.utils._device import DeviceContext
 from acb.client.gate import MIN_GAP, Gate, ThreadState
 from acb.hooks.torch import devices, memory
 from acb.hooks.torch.devices import HOST_ONLY, operation_touches, touches
-from acb.hooks.torch.memory import REPEATABLE, OutOfMemoryError
+from acb.hooks.torch.memory import OutOfMemoryError, repeatable
 
 PROGRAM, NATIVE, OWN = 0, 1, 2
 """Whose a thread is: the program's; native code's, such as an autograd worker; acb's, which no gate may stop."""
 
 _Tensor: Any = torch.Tensor
+_without_modes: Any = torch._C.DisableTorchFunction
 _in_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 _compiling: Callable[[], bool] = torch.compiler.is_dynamo_compiling
 
@@ -82,7 +83,7 @@ class Sentinel(TorchFunctionMode):  # type: ignore[misc]
         try:
             return func(*args, **kwargs) if kwargs else func(*args)
         except OutOfMemoryError:
-            if func not in REPEATABLE:
+            if not repeatable(func):
                 raise
         finally:
             gate.last_exit = monotonic()
@@ -96,7 +97,7 @@ def _slowly(func: Any, args: Any, kwargs: Any) -> Any:
     """Take one operation through the gate, whatever the gate's state; the sentinel is off."""
     if here.exempt():
         return func(*args, **kwargs)
-    return _wait_at_gate(_gate, func, args, kwargs, func in REPEATABLE)
+    return _wait_at_gate(_gate, func, args, kwargs, repeatable(func))
 
 
 def _runs_foreign_code(types: Any) -> bool:
@@ -217,14 +218,14 @@ def run(
     kwargs: Any,
     needs_gate: Callable[[Any, Any], bool] | None = None,
     *,
-    repeatable: bool = False,
+    retried: bool = False,
     opaque: bool = False,
 ) -> Any:
     """Call `func` as a region: block until the gate is open, the sentinel off while it runs.
 
     With `needs_gate`, only if ``needs_gate(args, kwargs)``, which is asked with the sentinel off: it would see every
     attribute that is read. If not, an opaque call is a region all the same once a gated device is in use, and bare
-    before; any other goes on under the sentinel. A repeatable call that runs out of memory is tried again when the
+    before; any other goes on under the sentinel. A call to be retried that runs out of memory is tried again when the
     broker makes room.
     """
     thread = here
@@ -233,13 +234,16 @@ def run(
         return func(*args, **kwargs)
     sentinel = thread.sentinel
     position = _stack_size() - 1
-    if position >= 0 and _mode_at(position) is sentinel:
-        _pop_mode()
-    else:
-        position = -1  # under modes of the program's own it stays, and lets everything through
+    if position >= 0:
+        if _mode_at(position) is sentinel:
+            _pop_mode()
+        else:
+            position = -1  # under modes of the program's own it stays, and lets everything through
+            if needs_gate is not None:
+                needs_gate = _hidden(needs_gate)
     try:
         if needs_gate is None or (opaque and _used) or needs_gate(args, kwargs):
-            return _pass_gate(state, func, args, kwargs, repeatable)
+            return _pass_gate(state, func, args, kwargs, retried)
     finally:
         if position == 0 and not _stack_size():
             _push_mode(sentinel)
@@ -250,14 +254,24 @@ def run(
     return func(*args, **kwargs)
 
 
-def _pass_gate(state: ThreadState, func: Any, args: Any, kwargs: Any, repeatable: bool) -> Any:
+def _hidden(needs_gate: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+    """The same question, asked without modes of the program's own seeing it."""
+
+    def ask(args: Any, kwargs: Any) -> bool:
+        with _without_modes():
+            return needs_gate(args, kwargs)
+
+    return ask
+
+
+def _pass_gate(state: ThreadState, func: Any, args: Any, kwargs: Any, retried: bool) -> Any:
     """Call `func` between Gate.enter() and Gate.exit(), which are written out here: there is no hotter path."""
     global _used
     gate = _gate
     state.depth = 1
     if gate.closed:
         state.depth = 0
-        return _wait_at_gate(gate, func, args, kwargs, repeatable)
+        return _wait_at_gate(gate, func, args, kwargs, retried)
     now = monotonic()
     gap = now - gate.last_exit
     if gap > MIN_GAP:
@@ -266,7 +280,7 @@ def _pass_gate(state: ThreadState, func: Any, args: Any, kwargs: Any, repeatable
     gate.last_thread = state
     try:
         _used = True
-        return memory.with_room(func, args, kwargs) if repeatable else func(*args, **kwargs)
+        return memory.with_room(func, args, kwargs) if retried else func(*args, **kwargs)
     finally:
         gate.last_exit = monotonic()
         state.depth = 0
@@ -274,13 +288,13 @@ def _pass_gate(state: ThreadState, func: Any, args: Any, kwargs: Any, repeatable
             gate._idle()
 
 
-def _wait_at_gate(gate: Gate, func: Any, args: Any, kwargs: Any, repeatable: bool) -> Any:
+def _wait_at_gate(gate: Gate, func: Any, args: Any, kwargs: Any, retried: bool) -> Any:
     """As _pass_gate(), through a gate that may be closed."""
     global _used
     gate.enter()
     try:
         _used = True
-        return memory.with_room(func, args, kwargs) if repeatable else func(*args, **kwargs)
+        return memory.with_room(func, args, kwargs) if retried else func(*args, **kwargs)
     finally:
         gate.exit()
 
@@ -370,7 +384,7 @@ def first_use(initialise: Callable[[], Any]) -> Any:
 
 
 def gated(
-    original: Any, needs_gate: Callable[[Any, Any], bool] = touches, *, repeatable: bool = False, opaque: bool = False
+    original: Any, needs_gate: Callable[[Any, Any], bool] = touches, *, retried: bool = False, opaque: bool = False
 ) -> Any:
     """`original` as a region whenever it is the outermost call on its thread and ``needs_gate(args, kwargs)``."""
 
@@ -380,7 +394,7 @@ def gated(
             return original(*args, **kwargs)  # the compiler looks through, and the compiled code is a region itself
         if here.state.depth:
             return original(*args, **kwargs)
-        return run(original, args, kwargs, needs_gate, repeatable=repeatable, opaque=opaque)
+        return run(original, args, kwargs, needs_gate, retried=retried, opaque=opaque)
 
     region.__script_if_tracing_wrapper = True  # type: ignore[attr-defined]  # torch.jit.script() takes the original
     region.__original_fn = original  # type: ignore[attr-defined]

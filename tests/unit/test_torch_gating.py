@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -213,3 +215,357 @@ def test_closed_gate_stops_the_route_until_it_opens(
     gate.open()
     attempt.finish()
     assert not gate.busy()
+
+
+# --- what regions leave as it was -----------------------------------------------------------------------------------
+
+
+def _stack() -> list[Any]:
+    return list(torch.overrides._get_current_function_mode_stack())
+
+
+class Counting(torch.overrides.TorchFunctionMode):  # type: ignore[misc]
+    """A function mode of the program's own."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class Calling(nn.Module):  # type: ignore[misc]
+    """A module that does what it is told."""
+
+    def __init__(self, body: Callable[..., Any]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.body = body
+
+    def forward(self, *args: Any) -> Any:
+        return self.body(*args)
+
+
+def test_the_sentinel_is_off_in_a_region_and_back_after_it(gate: Gate) -> None:
+    before = _stack()
+    assert [type(mode) for mode in before] == [regions.Sentinel]
+    assert Calling(lambda: (_stack(), gate.inside()))() == ([], True)
+    assert _stack() == before
+    assert not gate.inside()
+
+
+def test_an_exception_leaves_no_region_behind(gate: Gate) -> None:
+    before = _stack()
+
+    def fail() -> None:
+        raise KeyError("the program's own")
+
+    for call in (
+        lambda: Calling(fail)(),
+        lambda: torch.mm(torch.ones(2, 3), torch.ones(2, 3)),
+        lambda: torch.ones(2).backward(),
+        lambda: nn.Linear(2, 2).to("nowhere"),
+    ):
+        with pytest.raises((KeyError, RuntimeError)):
+            call()
+        assert not gate.busy()
+        assert _stack() == before
+
+
+def test_modes_of_the_program_see_what_they_would(gate: Gate) -> None:
+    module = Calling(lambda: torch.ones(2) + 1)
+    with Counting() as mode:
+        module()
+    assert mode.seen == ["ones", "add"]
+    assert [type(mode) for mode in _stack()] == [regions.Sentinel]
+
+
+def test_a_mode_that_outlives_the_region_in_which_it_began(gate: Gate) -> None:
+    mode = Counting()
+    Calling(mode.__enter__)()
+    torch.ones(2) + 1
+    mode.__exit__(None, None, None)
+    assert mode.seen[-2:] == ["ones", "add"]
+    assert [type(mode) for mode in _stack()] == [regions.Sentinel]
+
+
+def test_default_devices_work_across_regions(gate: Gate) -> None:
+    try:
+        Calling(lambda: torch.set_default_device("cpu"))()
+        with torch.device("meta"):
+            assert Calling(lambda: torch.ones(2))().is_meta
+            assert torch.ones(2).is_meta
+        assert not torch.ones(2).is_meta
+    finally:
+        torch.set_default_device(None)
+    assert [type(mode) for mode in _stack()] == [regions.Sentinel]
+
+
+def test_a_region_stops_nothing_inside_it(gate: Gate) -> None:
+    """The gate closes while a thread is inside: everything nested goes on, and only the end of it is the end."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def body() -> Any:
+        begun.set()
+        assert go_on.wait(30)
+        x = torch.ones(2, requires_grad=True)
+        torch.utils.checkpoint.checkpoint(Calling(lambda x: x * 2), x, use_reentrant=False).sum().backward()
+        return x.grad
+
+    outer = Calling(body)
+    attempt = Attempt(outer)
+    assert begun.wait(30)
+    gate.close()
+    assert gate.busy()
+    go_on.set()
+    attempt.finish()
+    assert not gate.busy()
+
+
+def test_hooks_and_recomputation_in_backward_do_not_wait_at_the_gate(gate: Gate) -> None:
+    x = torch.ones(2, requires_grad=True)
+    inner = Calling(lambda x: x * 2)
+    y = torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=False).sum()
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hook_of_the_program(gradient: Any) -> Any:
+        begun.set()
+        assert go_on.wait(30)
+        return inner(gradient) / 2
+
+    y.register_hook(hook_of_the_program)
+    attempt = Attempt(y.backward)
+    assert begun.wait(30)
+    gate.close()
+    go_on.set()
+    attempt.finish()
+    gate.open()
+    assert x.grad.tolist() == [2.0, 2.0]
+
+
+def test_host_side_questions_do_not_wait(gate: Gate) -> None:
+    x = torch.ones(2, 3)
+    gate.close()
+    assert (x.shape, x.dtype, x.device.type, x.is_cuda) == ((2, 3), torch.float32, "cpu", False)
+    assert (x.requires_grad, x.grad, x.dim(), len(x), x.numel()) == (False, None, 2, 2, 6)
+    assert (x.size(0), x.stride(), x.is_contiguous()) == (2, (3, 1), True)
+    with torch.no_grad():
+        assert not torch.is_grad_enabled()
+    assert not asked.is_set()
+
+
+def test_threads_of_acbs_own_never_wait(gate: Gate) -> None:
+    model = nn.Linear(2, 2)
+    x = torch.ones(2, 2)
+    gate.close()
+    done = threading.Event()
+
+    def work() -> None:
+        (model(x) + 1).sum().backward()
+        done.set()
+
+    thread = threading.Thread(target=work, name="acb-test", daemon=True)
+    thread.start()
+    assert done.wait(30)
+    thread.join()
+    assert not asked.is_set()
+
+
+def test_every_stray_operation_updates_what_the_agent_reads(gate: Gate) -> None:
+    before = gate.last_exit
+    torch.ones(2) + 1
+    assert gate.last_exit > before
+
+
+def test_who_watches_hears_of_the_end_of_each_operation(gate: Gate) -> None:
+    ends: list[None] = []
+    watched = Gate(lambda: None, lambda: ends.append(None))
+    watched.open(watched=True)
+    regions.bind(watched)
+    x = torch.ones(2)
+    y = x + 1
+    nn.Identity()(y)
+    assert len(ends) == 3
+
+
+def test_a_refused_lease_reaches_the_program(gate: Gate) -> None:
+    def refuse() -> None:
+        raise PermissionError("there is no such GPU")
+
+    refusing = Gate(refuse, lambda: None)
+    regions.bind(refusing)
+    x_before = _stack()
+    with pytest.raises(PermissionError):
+        torch.ones(2)
+    with pytest.raises(PermissionError):
+        nn.Linear(2, 2)
+    assert _stack() == x_before
+    assert not refusing.busy()
+
+
+# --- compiled and scripted code -------------------------------------------------------------------------------------
+
+
+def test_compiled_code_is_compiled_once(gate: Gate) -> None:
+    import torch._dynamo as dynamo
+    import torch._dynamo.testing
+
+    dynamo.reset()
+    counted = dynamo.testing.CompileCounter()
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))
+    whole = torch.compile(model, backend=counted, fullgraph=True)
+    function = torch.compile(lambda x: F.mse_loss(model(x), x[:, :1]) * 2, backend=counted, fullgraph=True)
+    x = torch.randn(3, 4)
+    for _ in range(3):
+        whole(x)
+        function(x)
+        Calling(lambda: function(x))()
+        with torch.no_grad():
+            pass
+    assert counted.frame_count == 2
+    assert torch.equal(whole(x), model(x))
+
+
+def test_a_compiled_training_step(gate: Gate) -> None:
+    import torch._dynamo as dynamo
+
+    dynamo.reset()
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    @torch.compile(backend="eager")
+    def step(x: Any) -> Any:
+        optimizer.zero_grad()
+        loss = model(x).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    x = torch.randn(8, 4)
+    losses = [step(x).item() for _ in range(4)]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_functions_that_use_gated_ones_can_be_scripted(gate: Gate) -> None:
+    scripted = torch.jit.script(scriptable)
+    x = torch.ones(2)
+    assert scripted(x).item() == 1.0
+    assert torch.equal(torch.jit.trace(nn.Linear(2, 2), x)(x).detach() * 0, torch.zeros(2))
+
+
+def scriptable(x: torch.Tensor) -> torch.Tensor:
+    return F.mse_loss(x, x * 2)
+
+
+# --- what the program can see ---------------------------------------------------------------------------------------
+
+
+def test_patched_functions_look_like_what_they_were(gate: Gate) -> None:
+    import inspect
+
+    assert torch.Tensor.backward.__name__ == "backward"
+    assert list(inspect.signature(torch.Tensor.backward).parameters)[:2] == ["self", "gradient"]
+    assert inspect.signature(nn.Module.to) == inspect.signature(nn.Module.to.__wrapped__)
+    assert nn.Module.__call__.__doc__ == nn.Module._call_impl.__doc__
+    assert inspect.getsource(F.mse_loss).startswith("def mse_loss")
+    assert type(torch.ones(2)) is torch.Tensor
+    assert pickle.loads(pickle.dumps(F.mse_loss)) is F.mse_loss
+    assert pickle.loads(pickle.dumps(torch.compile)) is torch.compile
+    model = nn.Linear(2, 2)
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(twin.weight, model.weight)
+    assert torch.optim.SGD(model.parameters(), 0.1).step.__name__ == "step"
+
+
+def test_undoing_puts_everything_back() -> None:
+    script = """
+import torch
+from acb.hooks import torch as hook
+from acb.hooks.torch import regions
+
+def everything():
+    owners = (torch, torch._C, torch.Tensor, torch.nn.Module, torch.UntypedStorage, torch.cuda, torch.cuda.memory,
+              torch.autograd, torch.autograd.graph, torch.nn.functional, torch.optim.Optimizer, torch.cuda.Stream)
+    return [dict(vars(owner)) for owner in owners]
+
+torch.compile, torch.jit.script, torch.utils.dlpack, torch.distributed
+import torch.nn.utils.clip_grad, torch.serialization
+before = everything()
+hook.install_gating(regions._open_gate())
+assert everything() != before
+hook.uninstall_gating()
+for owner, was in zip(everything(), before):
+    assert {name for name in owner if owner[name] is not was.get(name)} <= {"__doc__"}
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=100)
+
+
+def test_a_hook_that_fails_is_reported_and_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    from acb.hooks.torch.patching import Patches, apply
+
+    applied: list[str] = []
+    warned: list[tuple[str, str]] = []
+
+    def patch_what_is_missing(patches: Patches) -> None:
+        patches.replace(torch, "there_is_no_such_function", lambda original: original)
+
+    def patch_after(patches: Patches) -> None:
+        applied.append("after")
+
+    apply(Patches(), (patch_what_is_missing, patch_after), lambda key, message: warned.append((key, message)))
+    assert applied == ["after"]
+    assert len(warned) == 1
+    assert "patch what is missing" in warned[0][1]
+
+
+# --- out of memory --------------------------------------------------------------------------------------------------
+
+
+def test_a_repeatable_call_is_tried_again_when_there_is_room(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    from acb.hooks.torch import memory
+
+    wanted: list[int] = []
+    monkeypatch.setattr(memory, "more_room", lambda nbytes: wanted.append(nbytes) is None)
+    failures = 2
+
+    def tight(tensor: Any) -> Any:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a capacity of")
+        return tensor
+
+    assert nn.Linear(2, 2)._apply(tight) is not None
+    assert wanted == [(3 << 29) + 1] * 2
+    assert not gate.busy()
+
+
+def test_the_program_sees_its_own_error_when_there_is_no_room(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    from acb.hooks.torch import memory
+
+    monkeypatch.setattr(memory, "more_room", lambda nbytes: False)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 bytes.")
+
+    def full(tensor: Any) -> Any:
+        raise error
+
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        nn.Linear(2, 2)._apply(full)
+    assert caught.value is error
+    assert not gate.busy()
+
+
+def test_calls_that_are_not_safe_to_repeat_are_not_repeated(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    from acb.hooks.torch import memory
+
+    monkeypatch.setattr(memory, "more_room", lambda nbytes: pytest.fail("asked for room"))
+    calls: list[None] = []
+
+    def body() -> None:
+        calls.append(None)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 bytes.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Calling(body)()
+    assert len(calls) == 1
