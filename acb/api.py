@@ -49,9 +49,27 @@ class gpu:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _leave("with acb.gpu()")
+        phases = _open()
+        if not phases:
+            raise RuntimeError("`with acb.gpu()` is left on another thread than the one that entered it")
+        inner = phases[-1][0] == "acb.begin()"
+        if inner:
+            _leave()
+        _leave()
+        if inner and error is None:
+            raise RuntimeError(
+                "acb.begin() in a `with acb.gpu()` block that is left before acb.end(); both have ended now"
+            )
 
     def __call__(self, function: F) -> F:
+        import inspect
+
+        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+            raise TypeError(
+                f"{function.__qualname__} is a coroutine or generator function, which does its work after the call; "
+                f"write `with acb.gpu():` around the GPU work inside it"
+            )
+
         @functools.wraps(function)
         def with_gpu(*args: Any, **kwargs: Any) -> Any:
             with self:
@@ -81,7 +99,7 @@ def end() -> None:
         raise RuntimeError("acb.end() without acb.begin() on this thread")
     if phases[-1][0] != "acb.begin()":
         raise RuntimeError("acb.end() inside a `with acb.gpu()` block that began later; leave the block first")
-    _leave("acb.begin()")
+    _leave()
 
 
 def _open() -> list[tuple[str, int]]:
@@ -97,18 +115,25 @@ def _enter(nbytes: int, how: str) -> None:
     enclosing = max((size for _, size in phases), default=0)
     if enclosing and nbytes > enclosing:
         raise ValueError(
-            f"a phase of {format_size(nbytes)} inside one of {format_size(enclosing)}; ask for the most in the outer one"
+            f"a phase of {format_size(nbytes)} inside one of {format_size(enclosing)}; ask for all in the outer one"
         )
     client = runtime.client()
     if not phases:
         _install_hooks()
-    if nbytes and client.gating and not enclosing:
-        client.agent.reserve(nbytes)
+    if client.gating and not phases:
+        client.agent.need(nbytes)
     client.gate.enter()
+    try:
+        if nbytes and client.gating and not enclosing:
+            client.agent.reserve(nbytes)
+    except BaseException:
+        client.gate.exit()
+        raise
     phases.append((how, nbytes))
 
 
-def _leave(how: str) -> None:
+def _leave() -> None:
+    """End the innermost phase of this thread."""
     phases = _open()
     phases.pop()
     client = runtime.client()

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from acb import config
 from acb.client.evacuation import EvacuationError, Evacuator, evacuate_all
-from acb.client.phases import MIN_LINGER, SwapCost, choose_linger
+from acb.client.phases import MAX_LINGER, MIN_LINGER, SwapCost, choose_linger
 from acb.client.trace import Trace
 from acb.protocol import (
     MAX_PACKET,
@@ -56,6 +56,12 @@ RESTART_AFTER = 0.5
 
 RESTART_EVERY = 10.0
 """Seconds between a client's tries to start one."""
+
+OUTAGE = 30.0
+"""Seconds that a program short of memory waits for the broker after one that died, before it sees its own error."""
+
+MAX_RETRY = 2.0
+"""Seconds, at most, between tries to bring memory back to a GPU on which somebody acb knows nothing of takes room."""
 
 MAX_GRANT = 1024
 """Bytes: no packet with a grant is longer."""
@@ -103,11 +109,18 @@ class Agent:
         self._closing = False  # the gate is closed although the lease is held
         self._refusal = ""
         self._room: tuple[bool, str] | None = None
-        self._room_answered = threading.Condition(self._lock)
-        self._unrestored = False
+        self._room_due = 0  # questions for more room that the broker has not answered
+        self._room_changed = threading.Condition(self._lock)
+        self._asking_room = threading.RLock()  # one thread at a time: an answer does not say whose it is
+        self._unrestored = False  # the lease is held, but there was no room for the memory that must come back
+        self._restore_at = 0.0  # when to try again
+        self._restore_wait = 0.0
+        self._evacuation_due = False  # asked for while a thread was inside
         self._swap = SwapCost()
+        self._alone = False  # the program goes on without a broker, for good
         self._lost_at: float | None = None  # since when no broker answers
-        self._patience = 0.02  # seconds until the next try to connect
+        self._patience = 0.02  # seconds between tries to connect
+        self._try_at = 0.0  # when to try to connect next
         self._restart_at = 0.0
         self._farewell = False
         self._trace = Trace(os.environ.get("ACB_TRACE"), name)
@@ -121,7 +134,7 @@ class Agent:
             if self._refusal:
                 from acb.client.runtime import LeaseRefused
 
-                reason, self._refusal, self._wanted = self._refusal, "", False
+                reason, self._refusal, self._wanted, self._need = self._refusal, "", False, 0
                 raise LeaseRefused(reason)
             if not self.gate.closed:
                 return  # it was opened while this thread waited for the lock
@@ -165,46 +178,67 @@ class Agent:
 
     def idle(self) -> None:
         """A thread left its region while the gate is watched, or said that it does something else."""
-        if self._closing or self._trace.enabled or self.gate.marked():
+        if self._closing or self._evacuation_due or self.gate.marked():
             self._wake()
 
-    def reserve(self, nbytes: int) -> None:
-        """The next phase will need `nbytes` in all. Raises LeaseRefused when that cannot be had."""
+    def need(self, nbytes: int) -> None:
+        """Before a phase that needs `nbytes` in all (0: not said): what the next request is to ask for."""
         with self._lock:
-            self._need = nbytes
-            if not (self.lease and self._headroom < nbytes):
+            self._need, self._refusal = nbytes, ""
+
+    def reserve(self, nbytes: int) -> None:
+        """Inside a region: see that there is room for `nbytes` in all. Raises LeaseRefused when it cannot be had."""
+        with self._lock:
+            missing = nbytes - max(self._headroom, self._resident())
+            if missing <= 0:
                 return
             missing = nbytes - self._resident()
-        if missing > 0 and not self.more_room(missing):
+        reason = self._room_refused(missing)
+        if reason:
             from acb.client.runtime import LeaseRefused
 
-            raise LeaseRefused((self._room or (False, "no broker answers"))[1])
+            raise LeaseRefused(reason)
 
     def end_phase(self) -> None:
         """The program says that its phase is over: give the lease back at once if somebody waits for it."""
         with self._lock:
             self._ended_at = time.monotonic()
-            if self.lease and self._revoked:
-                self._consider(time.monotonic())
+            # Here and now, which is quickest, unless a framework is involved: its device may only be waited for on the
+            # agent's thread, which no gate stops.
+            if self.lease and self._revoked and (self._evacuators or self._consider(self._ended_at) is not None):
+                self._wake()
 
     def more_room(self, nbytes: int) -> bool:
-        """Ask for `nbytes` beyond what is held, and wait for the answer."""
-        if threading.current_thread() is self._thread:
-            return False
-        with self._lock:
-            if not self.lease or not self._welcomed:
-                return False
-            self._room = None
-            self._send(MoreRoom(self._resident(), nbytes))
-            while self._room is None and self._welcomed:
-                self._room_answered.wait()
-            if self._room is not None and self._room[0]:
-                self._headroom = max(self._headroom, self._resident() + nbytes)
-                return True
-            return False
+        """Inside a region: ask for `nbytes` beyond what is held, and wait for the answer."""
+        return self._room_refused(nbytes) == ""
+
+    def _room_refused(self, nbytes: int) -> str | None:
+        """Ask for more room and wait: why there is none; '' when there is; None when nobody answers."""
+        if self._thread is None or threading.get_ident() == self._thread.ident:
+            return None
+        with self._asking_room, self._lock:
+            while self.lease and self.gpu is not None and not self._alone:
+                if self._welcomed:
+                    self._room = None
+                    self._room_due += 1
+                    self._send(MoreRoom(self._resident(), nbytes))
+                    while self._room is None and self._welcomed:
+                        self._room_changed.wait()
+                    if self._room is not None:
+                        granted, reason = self._room
+                        if granted:
+                            self._headroom = max(self._headroom, self._resident() + nbytes)
+                        return "" if granted else reason or "there is no room"
+                # The broker died. Its successor will know more.
+                left = OUTAGE if self._lost_at is None else self._lost_at + OUTAGE - time.monotonic()
+                if left <= 0:
+                    return None
+                self._room_changed.wait(left)
+            return None
 
     def abandon(self) -> None:
         """In a forked child: drop the parent's connection without a word."""
+        self._trace.close()
         for descriptor in (self._socket.detach() if self._socket else -1, self._wake_fd):
             if descriptor >= 0:
                 os.close(descriptor)
@@ -219,13 +253,27 @@ class Agent:
         self._poller = select.epoll()
         self._poller.register(self._wake_fd, select.EPOLLIN)
         self._thread = AgentThread(self._run)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # there can be no more threads, or the interpreter is ending
+            from acb.client.runtime import warn_once
+
+            warn_once(
+                "no-thread", f"no thread can be started to talk to the GPU broker; going on without one ({error})"
+            )
+            self._alone = True
+            self._let_all_in("no thread")
 
     def _wake(self) -> None:
         if self._wake_fd >= 0:
             os.eventfd_write(self._wake_fd, 1)
 
     def _run(self) -> None:
+        import signal
+
+        # Signals are for the program's own threads, as without acb. Not those that the kernel sends for a fault.
+        faults = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - faults)
         while True:
             try:
                 self._turn()
@@ -233,19 +281,21 @@ class Agent:
                 from acb.client.runtime import warn_once
 
                 warn_once("agent", f"something went wrong while talking to the broker, going on: {error!r}")
-                self._disconnected()
+                self._disconnected(pause=1.0)
 
     def _turn(self) -> None:
         """Wait for something to happen, and deal with it."""
-        if self._socket is None:
+        if self._socket is None and not self._alone and time.monotonic() >= self._try_at:
             self._connect()
         poller = self._poller
         assert poller is not None
         while True:
             with self._lock:
-                wait = self._consider(time.monotonic())
-                if self._socket is None:
-                    wait = self._patience
+                now = time.monotonic()
+                wait = self._consider(now)
+                if self._socket is None and not self._alone:
+                    left = max(0.0, self._try_at - now)
+                    wait = left if wait is None else min(wait, left)
             for descriptor, _ in poller.poll(wait):
                 if descriptor == self._wake_fd:
                     os.eventfd_read(self._wake_fd)
@@ -280,27 +330,28 @@ class Agent:
 
     def _connect(self) -> None:
         """Try to reach the broker and say hello; start one if that is wished and none is there."""
+        connection = None
         try:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             connection.connect(str(config.socket_path()))
         except (OSError, config.ConfigError) as error:
-            connection.close()
+            if connection is not None:
+                connection.close()
             self._missing(error)
             return
         with self._lock:
             self._socket, self._lost_at = connection, None
             self._hear(connection)
-            hint = os.environ.get("ACB_GPU_MEMORY", "")
             hello = Hello(
                 VERSION,
                 os.getpid(),
                 self._name,
-                memory_hint=int(hint) if hint.isdigit() else 0,
+                memory_hint=_hint(),
                 gpu=-1 if self.gpu is None else self.gpu,
                 holding=self.lease,
                 resident=self._resident(),
                 evacuated=self._evacuated,
-                peak=sum(e.peak() for e in self._evacuators) if self.gpu is not None else 0,
+                peak=self._sum("peak") if self.gpu is not None else 0,
             )
             self._send(hello)
 
@@ -318,35 +369,41 @@ class Agent:
             self._restart_at = now + RESTART_EVERY
             problem = _start_broker(os.environ.get("ACB_PYTHON") or sys.executable)
             if not problem:
-                self._patience = 0.02
+                self._patience = 0.0
             elif unheard_of:
                 warn_once("no-broker", f"no GPU broker runs and none can be started; going on without one ({problem})")
-                self._let_all_in()
+                self._let_all_in("there is no broker")
+        self._try_at = time.monotonic() + self._patience
+        self._patience = max(0.02, self._patience)
         if now - self._lost_at > 5 and not self.lease:
             warn_once(
                 "waiting-for-broker",
-                f"process {os.getpid()} waits for a GPU broker at {config.socket_path()} ({error}); "
-                f"start one with: gpu_assigner start",
+                f"process {os.getpid()} waits for a GPU broker ({error}); start one with: gpu_assigner start",
             )
 
-    def _let_all_in(self) -> None:
-        """Never worse than no acb: the gate opens for good."""
+    def _let_all_in(self, cause: str) -> None:
+        """Never worse than no acb: the gate opens, as if the lease were held."""
         with self._lock:
-            self.lease, self._closing = True, False
-            self.gate.open()
+            self.lease, self._revoked = True, False
+            if self._evacuated:
+                self._restore()
+            else:
+                self._run_on(cause)
 
-    def _disconnected(self) -> None:
-        """The broker is gone: keep what is held; whoever waits goes on waiting."""
+    def _disconnected(self, pause: float = 0.0) -> None:
+        """The broker is gone: keep what is held; whoever waits goes on waiting. Try another after `pause` seconds."""
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that listens
         with self._reading, self._lock:
             if self._socket is not None:
                 self._socket.close()
+            self._patience = 0.02 if self._welcomed else min(1.0, self._patience * 1.5)
             self._socket, self._welcomed, self._requested = None, False, False
             self._lost_at = time.monotonic()
-            self._restart_at, self._patience = self._lost_at + RESTART_AFTER, 0.02
-            self._room_answered.notify_all()
+            self._restart_at, self._try_at = self._lost_at + RESTART_AFTER, self._lost_at + max(pause, self._patience)
+            self._evacuation_due, self._room_due = False, 0
+            self._room_changed.notify_all()
             if self.lease and self._revoked:
                 self._revoked = False
                 self._reopen()
@@ -368,16 +425,13 @@ class Agent:
             elif isinstance(message, Revoke):
                 self._revoke(message)
             elif isinstance(message, Evacuate):
-                self._evacuate()
+                self._evacuation_due = True  # _consider() sees to it as soon as no thread is inside
             elif isinstance(message, Uncontended):
                 if self.lease and self._revoked:
                     self._revoked = False
                     self._reopen()
             elif isinstance(message, Room):
-                self._room = (message.granted, message.reason)
-                self._room_answered.notify_all()
-                if self._unrestored:
-                    self._restore()
+                self._room_answered(message)
             elif isinstance(message, Welcome):
                 self._welcome(message)
             elif isinstance(message, Refused):
@@ -388,11 +442,16 @@ class Agent:
                 raise ProtocolError(f"a broker may not send {message.type} messages")
 
     def _welcome(self, message: Welcome) -> None:
-        self._welcomed, self._farewell = True, False
+        self._welcomed, self._farewell, self._patience = True, False, 0.02
         if self.lease and not message.lease:
             # Another holds it now. Stop at the gate; what runs in a region cannot be called back.
             self.gate.close()
-            self.lease = self._closing = self._revoked = False
+            self.lease = self._closing = self._revoked = self._unrestored = False
+            state = "waiting" if self._wanted else "evacuated" if self._evacuated else "resident"
+            self._trace.change(state, "the new broker has lent the GPU to another client")
+        elif self._unrestored:
+            self._restore()
+        self._room_changed.notify_all()
         self._request()
 
     def _refused(self, message: Refused) -> None:
@@ -403,7 +462,8 @@ class Agent:
             warn_once(
                 "refused", f"the GPU broker does not take this process, which goes on without it: {message.reason}"
             )
-            self._let_all_in()
+            self._alone = True
+            self._let_all_in("the broker refused")
         else:
             self._refusal = message.reason
             self.gate.refuse()
@@ -417,7 +477,8 @@ class Agent:
     def _granted(self, grant: Grant) -> None:
         self.gpu, self._headroom = grant.gpu, grant.headroom
         self.lease, self._requested, self._revoked = True, False, False
-        if not self._simulated and os.environ.get("CUDA_VISIBLE_DEVICES") != (grant.visible or None):
+        self._need, self._restore_wait = 0, 0.0
+        if not self._simulated and grant.visible and os.environ.get("CUDA_VISIBLE_DEVICES") != grant.visible:
             # Read by CUDA when it starts in this process; without effect, and without harm, after that.
             os.environ["CUDA_VISIBLE_DEVICES"] = grant.visible
         if self._evacuated:
@@ -425,35 +486,55 @@ class Agent:
         else:
             self._run_on()
 
-    def _run_on(self) -> None:
+    def _run_on(self, cause: str = "granted") -> None:
         """All memory is there: let the program's threads in."""
-        self._wanted = self._closing = False
+        self._wanted = self._closing = self._unrestored = False
         for evacuator in self._evacuators:
             evacuator.reset_peak()
-        self._trace.change("running", "granted", gpu=self.gpu)
+        self._trace.change("running", cause, gpu=self.gpu)
         self.gate.open(watched=self._revoked or self._trace.enabled)
 
     def _restore(self) -> None:
-        self._unrestored = False
-        self._trace.change("restoring", "granted", gpu=self.gpu, bytes=self._evacuated)
+        """Bring all memory back, then let the program in; without room for it, ask for some and try again."""
+        from acb.client.runtime import warn_once
+
+        if not self._unrestored:
+            self._trace.change("restoring", "granted", gpu=self.gpu, bytes=self._evacuated)
+        before = self._resident()
         start = time.monotonic()
+        moved = 0
         try:
-            moved = sum(evacuator.restore() for evacuator in self._evacuators)
-        except MemoryError as error:
-            if self._room is not None and not self._room[0]:
-                # There is no room and there will be none: let others use the GPU and come back later.
-                self._room = None
-                self._give_up(f"no room to restore: {error}", wants=True)
-            else:
-                self._unrestored = True
-                self._room = None
-                self._send(MoreRoom(self._resident(), self._evacuated))
+            for evacuator in self._evacuators:
+                try:
+                    moved += evacuator.restore()
+                except MemoryError:
+                    raise
+                except Exception as error:  # what it lost the program will see when it touches it; it must not hang
+                    warn_once(f"restore:{evacuator.name}", f"memory of {evacuator.name} cannot be restored: {error!r}")
+        except MemoryError:
+            self._evacuated = max(1, self._evacuated - max(0, self._resident() - before))
+            self._no_room()
             return
         seconds = time.monotonic() - start
         self._evacuated = 0
         self._swap.moved(seconds)
         self._run_on()
         self._send(Restored(self._resident(), moved, seconds))
+
+    def _no_room(self) -> None:
+        """Some memory must still come back: have the broker make room, and try again, at ever longer intervals."""
+        self._unrestored = True
+        self._restore_at = time.monotonic() + self._restore_wait
+        self._restore_wait = min(MAX_RETRY, 2 * self._restore_wait + 0.05)
+        if self._welcomed:
+            self._room_due += 1
+            self._send(MoreRoom(self._resident(), self._evacuated))
+
+    def _room_answered(self, message: Room) -> None:
+        self._room_due = max(0, self._room_due - 1)
+        if not self._unrestored and not self._room_due:  # else the answer is to a question that nobody waits with
+            self._room = (message.granted, message.reason)
+            self._room_changed.notify_all()
 
     def _revoke(self, message: Revoke) -> None:
         if not self.lease:
@@ -464,19 +545,19 @@ class Agent:
             self.gate.watch()
 
     def _evacuate(self) -> None:
+        """Move all memory to the host. No lease is held, and no thread is inside."""
+        self._evacuation_due = False
         before = self._resident()
         self._trace.change("evacuating", "another client needs the room", bytes=before)
         start = time.monotonic()
         reason = ""
         moved = 0
         try:
-            if self.lease or self.gate.busy():
-                raise EvacuationError("the program is using the GPU")
             for evacuator in self._evacuators:
                 evacuator.synchronize()
             moved = evacuate_all(self._evacuators)
         except EvacuationError as error:
-            reason = str(error) or "refused"
+            moved, reason = error.moved, str(error) or "refused"
         except Exception as error:
             reason = f"failed: {error!r}"
         seconds = time.monotonic() - start
@@ -488,14 +569,18 @@ class Agent:
             "waiting" if self._wanted else "evacuated" if moved or not left else "resident",
             reason or "evacuated", bytes=moved, left=left, seconds=round(seconds, 6),
         )  # fmt: skip
-        self._send(Evacuated(left, moved, seconds, reason))
+        self._send(Evacuated(left, moved, seconds, reason[:1000]))
 
     # --- giving the lease back --------------------------------------------------------------------------------------
 
     def _consider(self, now: float) -> float | None:
         """Give the lease back if it is time to; else say in how many seconds to look again (None: not by the clock)."""
-        if not self.lease or self._unrestored:
+        if not self.lease:
+            if self._evacuation_due and not self.gate.busy():  # else idle() wakes us
+                self._evacuate()
             return None
+        if self._unrestored:
+            return self._consider_restoring(now)
         if not self._revoked:
             return self._observe(now) if self._trace.enabled else None
         preempt = now >= self._preempt_at
@@ -510,6 +595,8 @@ class Agent:
             self._closing = True
             self.gate.close()
             return 0.0
+        if self.gate.expected() and now - self.gate.last_exit < MAX_LINGER:
+            return MIN_LINGER  # or on a busy machine a lease could go back, time and again, before it was used
         ended = self._ended_at >= self.gate.last_exit
         said = ended or self.gate.marked()
         wait = 0.0 if said else self._linger() - (now - self.gate.last_exit)
@@ -529,16 +616,33 @@ class Agent:
     def _give_up(self, cause: str, wants: bool) -> None:
         """Hand the lease back. The gate is closed and no thread is inside."""
         for evacuator in self._evacuators:
-            evacuator.synchronize()
+            try:
+                evacuator.synchronize()
+            except Exception:
+                pass  # a device that fails is done with its work; the program will see the error itself
         resident = self._resident()
-        self.lease = self._revoked = self._closing = False
+        self.lease = self._revoked = self._closing = self._unrestored = False
         self._swap.yielded()
         self._requested = wants
         self._trace.change("waiting" if wants else "resident" if resident else "detached", cause, bytes=resident)
-        self._send(Yield(resident, sum(evacuator.peak() for evacuator in self._evacuators), wants, cause))
+        self._send(Yield(resident, self._sum("peak"), wants, cause))
+
+    def _consider_restoring(self, now: float) -> float | None:
+        """The lease is held, but memory must come back first and there was no room for it."""
+        if self._room_due:
+            return None  # the broker makes room
+        if now >= self._restore_at:
+            self._restore()
+            return 0.0
+        if self._revoked:
+            self._give_up("no room to restore", wants=True)
+            return None
+        return self._restore_at - now
 
     def _reopen(self) -> None:
         """The lease stays for now."""
+        if self._unrestored:
+            return
         self._closing = self._wanted = False
         self.gate.open(watched=self._revoked or self._trace.enabled)
 
@@ -555,7 +659,27 @@ class Agent:
         return TRACE_LINGER
 
     def _resident(self) -> int:
-        return sum(evacuator.resident() for evacuator in self._evacuators)
+        return self._sum("resident")
+
+    def _sum(self, what: str) -> int:
+        """Bytes, over all frameworks; one that cannot say counts nothing."""
+        total = 0
+        for evacuator in self._evacuators:
+            try:
+                total += getattr(evacuator, what)()
+            except Exception as error:
+                from acb.client.runtime import warn_once
+
+                warn_once(f"{what}:{evacuator.name}", f"memory of {evacuator.name} cannot be measured: {error!r}")
+        return total
+
+
+def _hint() -> int:
+    """What ``acb-launch --gpu-memory`` said, in bytes; 0: nothing."""
+    try:
+        return config.parse_size(os.environ.get("ACB_GPU_MEMORY") or "0")
+    except config.ConfigError:
+        return 0
 
 
 def _start_broker(python: str) -> str:

@@ -6,7 +6,12 @@ from typing import Protocol
 
 
 class EvacuationError(Exception):
-    """Memory could not be moved off the GPU; nothing has changed, everything is still resident. Says why."""
+    """Memory could not be moved off the GPU; nothing has changed, everything is still resident. Says why.
+
+    `moved`: bytes that are in host memory all the same, because they could not be brought back; 0 but for evacuate_all.
+    """
+
+    moved = 0
 
 
 class Evacuator(Protocol):
@@ -43,15 +48,20 @@ class Evacuator(Protocol):
 
 
 def evacuate_all(evacuators: list[Evacuator]) -> int:
-    """Evacuate every framework, or none: what was moved comes back when a later one refuses. Returns bytes moved."""
-    done: list[Evacuator] = []
-    moved = 0
-    for evacuator in evacuators:
+    """Evacuate every framework, or none: what was moved comes back when a later one refuses. Returns bytes moved.
+
+    Raises EvacuationError when one refuses, or fails in any other way.
+    """
+    done: list[tuple[Evacuator, int]] = []
+    for evacuator in list(evacuators):
         try:
-            moved += evacuator.evacuate()
-        except EvacuationError:
-            for other in reversed(done):
-                other.restore()
-            raise
-        done.append(evacuator)
-    return moved
+            done.append((evacuator, evacuator.evacuate()))
+        except Exception as error:
+            refusal = error if isinstance(error, EvacuationError) else EvacuationError(f"failed: {error!r}")
+            for other, moved in reversed(done):
+                try:
+                    other.restore()
+                except Exception:  # it stays safe in host memory, and comes back with the next lease
+                    refusal.moved += max(1, moved)
+            raise refusal from error
+    return sum(moved for _, moved in done)

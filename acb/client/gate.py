@@ -1,15 +1,14 @@
 """The gate that every GPU entry passes: open while the lease is held, and a flag test then.
 
 It is Dekker's handshake under the GIL. A thread raises its own depth, then looks at `closed`; the agent raises
-`closed`,
-then looks at every thread's depth. Whichever comes second sees the other, so no thread can start GPU work after the
-agent
-has seen a safe point, and an open gate takes no lock. (A free-threaded interpreter gives no such order; acb runs with
-the GIL.)
+`closed`, then looks at every thread's depth. Whichever comes second sees the other, so no thread can start GPU work
+after the agent has seen a safe point, and an open gate takes no lock. (A free-threaded interpreter gives no such order;
+acb runs with the GIL.)
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import weakref
@@ -48,10 +47,30 @@ class ThreadState:
 class _Local(threading.local):
     """Gives each thread its ThreadState on first use."""
 
-    def __init__(self, states: list[weakref.ref[ThreadState]]) -> None:
+    def __init__(self, gate: Gate) -> None:
         self.state = ThreadState()
-        states[:] = [ref for ref in states if ref() is not None]
-        states.append(weakref.ref(self.state))
+        self.life = _Life(gate, self.state)
+        with gate._joining:  # or a thread that joins meanwhile would be forgotten, and its regions not be seen
+            gate._states[:] = [ref for ref in gate._states if ref() is not None]
+            gate._states.append(weakref.ref(self.state))
+
+
+class _Life:
+    """Ends with its thread, and with it a phase that the thread began and never ended."""
+
+    __slots__ = ("_gate", "_state")
+
+    def __init__(self, gate: Gate, state: ThreadState) -> None:
+        self._gate = gate
+        self._state = state
+
+    def __del__(self) -> None:
+        if self._state.depth:
+            self._state.depth = 0
+            try:
+                self._gate._idle()
+            except Exception:
+                pass  # the interpreter is being taken down
 
 
 class Gate:
@@ -75,8 +94,10 @@ class Gate:
         self._ask = ask
         self._listen = listen
         self._idle = idle
+        self._waiting = 0
         self._states: list[weakref.ref[ThreadState]] = []
-        self._local = _Local(self._states)
+        self._joining = threading.RLock()
+        self._local = _Local(self)
         self._opened = threading.Condition(threading.RLock())
         self._listeners: list[GateListener] = []
 
@@ -129,21 +150,29 @@ class Gate:
 
     def _wait(self, state: ThreadState) -> None:
         """Block until the gate is open; `state.depth` is 1 and the gate was seen open when this returns."""
-        while True:
-            state.depth = 0
-            if self.watched:
-                self._idle()  # the agent may have seen this thread inside for a moment
-            refusals = self._refusals
-            self._ask()
-            if not self._listen():
-                with self._opened:
-                    # The time limit only so that a lease is asked for again when the connection broke in between.
-                    end = time.monotonic() + 1.0
-                    while self.closed and self._refusals == refusals and (left := end - time.monotonic()) > 0:
-                        self._opened.wait(left)
+        state.depth = 0
+        with self._opened:
+            self._waiting += 1
+        try:
+            while not sys.is_finalizing():  # then the agent's thread is gone, and nothing will open the gate any more
+                if self.watched:
+                    self._idle()  # the agent may have seen this thread inside for a moment
+                refusals = self._refusals
+                self._ask()
+                if not self._listen():
+                    with self._opened:
+                        # The time limit only so that a lease is asked for again when the connection broke in between.
+                        end = time.monotonic() + 1.0
+                        while self.closed and self._refusals == refusals and (left := end - time.monotonic()) > 0:
+                            self._opened.wait(left)
+                state.depth = 1
+                if not self.closed:
+                    return
+                state.depth = 0
             state.depth = 1
-            if not self.closed:
-                return
+        finally:
+            with self._opened:
+                self._waiting -= 1
 
     # --- the agent -------------------------------------------------------------------------------------------------
 
@@ -152,34 +181,28 @@ class Gate:
         with self._opened:
             self._listeners.append(listener)
             if self.closed:
-                listener.close()
+                self._tell("close", [listener])
             elif self.watched:
-                listener.watch()
+                self._tell("watch", [listener])
 
     def watch(self) -> None:
         """Ask to be told, through `idle`, whenever a region ends."""
         with self._opened:
             self.watched = True
-            for listener in self._listeners:
-                listener.watch()
+            self._tell("watch", self._listeners)
 
     def close(self) -> None:
         """Let no further region begin. Regions already open go on: wait for busy() to say no."""
         with self._opened:
             self.watched = True
             self.closed = True
-            for listener in self._listeners:
-                listener.close()
+            self._tell("close", self._listeners)
 
     def open(self, *, watched: bool = False) -> None:
         """Let regions in, and wake who waits; with `watched`, as after watch()."""
         with self._opened:
             self.watched = watched
-            for listener in self._listeners:
-                if watched:
-                    listener.watch()
-                else:
-                    listener.open()
+            self._tell("watch" if watched else "open", self._listeners)
             self.last_exit = time.monotonic()  # waiting for the lease is no gap of the program's
             self.closed = False
             self._opened.notify_all()
@@ -194,7 +217,24 @@ class Gate:
         """Whether any thread is in a region."""
         return any(state is not None and state.depth > 0 for state in [ref() for ref in list(self._states)])
 
+    def expected(self) -> bool:
+        """Whether a thread that waited at the gate is about to come in: it is open, but the thread has not run yet."""
+        return self._waiting > 0 and not self.closed
+
     def marked(self) -> bool:
         """Whether the thread that last used the GPU has said that it does something else now."""
         thread = self.last_thread
         return thread is not None and thread.marked > 0
+
+    def _tell(self, change: str, listeners: list[GateListener]) -> None:
+        """Call one method of these listeners; one that raises is not told anything any more."""
+        for listener in list(listeners):
+            try:
+                getattr(listener, change)()
+            except Exception as error:
+                self._listeners.remove(listener)
+                from acb.client.runtime import warn_once
+
+                warn_once(
+                    f"listener:{listener!r}", f"{type(listener).__name__} does not work and is left out: {error!r}"
+                )

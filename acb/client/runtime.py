@@ -105,4 +105,4 @@ def _program_name() -> str:
     name = os.environ.get("ACB_NAME") or os.path.basename(
         sys.argv[0] if sys.argv and sys.argv[0] not in ("", "-c") else ""
     )
-    return (name or "python")[:64]
+    return (name or "python")[:64].encode("utf-8", "replace").decode()

@@ -30,6 +30,13 @@ class Trace:
                 self.enabled = False
                 warn_once("trace", f"no trace is written: cannot open {path}: {error.strerror}")
 
+    def close(self) -> None:
+        """Write nothing more."""
+        self.enabled = False
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
     def change(self, state: str, cause: str, at: float | None = None, **details: Any) -> None:
         """Note a state change that happened now, or `at` that moment of time.monotonic()."""
         self.state = state
