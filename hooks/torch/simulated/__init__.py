@@ -1,0 +1,108 @@
+"""PyTorch on a simulated GPU: ``cuda`` devices on a build for the CPU, exact results, memory that really runs out.
+
+Tensors stay plain CPU tensors; a ledger of storages says which are on the card (`ledger`), and a dispatch mode on every
+thread puts results there (`dispatch`). The rest is PyTorch's own code that has to be told: methods of tensors and
+storages, factories, torch.cuda, and a few choices by device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from acb.devices.simulated import Card
+
+if TYPE_CHECKING:
+    from acb.client.runtime import Client
+
+_state: Any = None
+
+
+class _State:
+    """The one installation of this process."""
+
+    def __init__(self, card_provider: Callable[[], Card], description: Callable[[], Card]) -> None:
+        from acb.hooks.torch.patching import Patches
+        from acb.hooks.torch.simulated.ledger import Ledger
+
+        self.ledger = Ledger(card_provider, description)
+        self.patches = Patches()
+
+
+def install(
+    torch_module: ModuleType,
+    card_provider: Callable[[], Card | Client] | None = None,
+    description: Callable[[], Card] | None = None,
+) -> None:
+    """Let ``cuda`` appear in PyTorch, on this thread and every thread started from now on.
+
+    `card_provider` is called once, at the first allocation, inside the region that makes it; it returns the card, or
+    the client that is bound to one. `description` gives a card from which to answer questions before that. By default
+    both come from this process's client.
+    """
+    global _state
+    if _state is not None:
+        return
+    from acb.client.runtime import client, warn_once
+    from acb.hooks import threads
+    from acb.hooks.torch import patching
+    from acb.hooks.torch.simulated import choices, cuda, dispatch, factories, storages, streams, tensors
+
+    provider = card_provider or client
+    _state = state = _State(lambda: _card_of(provider()), description or (lambda: _card_of(client())))
+    steps = [step for module in (cuda, streams, tensors, storages, factories, choices) for step in module.STEPS]
+    patching.apply(state.patches, [_bind(step, state.ledger) for step in steps], warn_once)
+    dispatch.enter(state.ledger)
+    threads.on_thread_start(_adopt_thread)
+
+
+def _card_of(given: Card | Client) -> Card:
+    """The card of a client: the one that it is bound to, or before that the first."""
+    if isinstance(given, Card):
+        return given
+    assert given.simulated is not None
+    return Card.open(given.simulated, given.gpu or 0)
+
+
+def uninstall() -> None:
+    """Undo install(), for tests."""
+    global _state
+    if _state is None:
+        return
+    from acb.hooks.torch.simulated import dispatch
+
+    dispatch.leave()
+    _state.patches.undo()
+    _state = None
+
+
+def current_ledger() -> Any:
+    """The ledger of what is on the card: ``storages()`` lists them, ``resident()`` says how many bytes they take."""
+    return _state.ledger if _state is not None else None
+
+
+def _bind(step: Any, ledger: Any) -> Callable[[Any], None]:
+    """A step of patching that knows the ledger."""
+
+    def bound(patches: Any) -> None:
+        step(patches, ledger)
+
+    bound.__name__ = f"{step.__name__}_of_the_simulated_GPU"
+    return bound
+
+
+def _adopt_thread() -> None:
+    if _state is not None:
+        from acb.hooks.torch.simulated import dispatch
+
+        dispatch.enter(_state.ledger)
+
+
+def _after_fork() -> None:
+    if _state is not None:
+        _state.ledger.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,243 @@
+"""One operation of PyTorch on the simulated GPU: which device it is on, whether its arguments go together, its charge.
+
+How the device of a result is known: an explicit ``cuda`` wins. A result without a device, or with the ``cpu`` that
+PyTorch's C++ code reads off a simulated CUDA tensor, goes where the arguments are. A ``cpu`` that the program itself
+asked for is told apart by the `pin_memory` argument, which Python's bindings always pass and C++ code does not.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from acb.hooks.torch.simulated.ledger import NO_STORAGE, Ledger, address, check, out_of_memory
+from acb.hooks.torch.simulated.operations import Operation
+
+CUDA: Any = torch.device("cuda", 0)
+CPU: Any = torch.device("cpu")
+
+_Tensor: Any = torch.Tensor
+_dim: Any = torch._C.TensorBase.dim
+_is_meta: Any = torch._C.TensorBase.is_meta.__get__
+_SEQUENCES = (list, tuple)
+
+
+class _Found:
+    """What the arguments of an operation are: whether any is on the card, and which on the host have dimensions."""
+
+    __slots__ = ("hosts", "on_card")
+
+    def __init__(self) -> None:
+        self.on_card = False
+        self.hosts: list[Any] | None = None
+
+    def look(self, ledger: Ledger, tensor: Any, name: str) -> None:
+        try:
+            entry = ledger.entries.get(address(tensor))
+        except NO_STORAGE:
+            entry = ledger.entry(tensor)
+        if entry is None:
+            if _dim(tensor):
+                if self.hosts is None:
+                    self.hosts = [tensor]
+                else:
+                    self.hosts.append(tensor)
+        else:
+            self.on_card = True
+            if entry.state:
+                check(entry, name)
+
+
+def find(ledger: Ledger, operation: Operation, args: Any, kwargs: Any) -> _Found:
+    """Look at every tensor among the arguments. Raises RuntimeError for one whose memory is not there."""
+    found = _Found()
+    name = operation.name
+    for values in (args, kwargs.values()) if kwargs else (args,):
+        for value in values:
+            if isinstance(value, _Tensor):
+                found.look(ledger, value, name)
+            elif isinstance(value, _SEQUENCES):
+                for item in value:
+                    if isinstance(item, _Tensor):
+                        found.look(ledger, item, name)
+    return found
+
+
+def compute(ledger: Ledger, func: Any, operation: Operation, args: Any, kwargs: Any) -> Any:
+    """One operation, whatever it is."""
+    device = pinned = None
+    explicit = False
+    if operation.takes_device and kwargs:
+        device = kwargs.get("device")
+        if "pin_memory" in kwargs:
+            explicit = device is not None
+            pinned = kwargs["pin_memory"]
+        if device is not None:
+            if device.type == "cuda":
+                check_ordinal(device)
+                kwargs = {**kwargs, "device": CPU}
+            elif device.type != "cpu":
+                return func(*args, **kwargs)
+        if pinned:
+            kwargs = {**kwargs, "pin_memory": False}
+    if not ledger.entries and device is None and not pinned:
+        return func(*args, **kwargs)
+    found = find(ledger, operation, args, kwargs)
+    on_card = found.on_card
+    to_card = device is not None and device.type == "cuda"
+    if not to_card and not explicit:
+        to_card = on_card
+    if not on_card and not to_card:
+        out = func(*args, **kwargs)
+        if pinned:
+            pin(out)
+        elif ledger.floating or (operation.factory and "pin_memory" not in kwargs and ledger.entries):
+            _drift(ledger, operation, args, kwargs, found, out)
+        return out
+    if operation.like:
+        if not to_card:
+            return func(*args, **kwargs)
+    elif on_card:
+        if found.hosts is not None:
+            _check_hosts(ledger, operation, found.hosts)
+        if operation.written:
+            _check_written(ledger, operation, args)
+    if device is not None and operation.factory:
+        _check_size(ledger, args, kwargs)
+    out = run(ledger, func, operation, args, kwargs)
+    if to_card:
+        error = settle(ledger, operation, args, kwargs, out)
+        if error is not None:
+            del out  # so that a caller that catches the error has the memory back
+            raise error
+    return out
+
+
+def run(ledger: Ledger, func: Any, operation: Operation, args: Any, kwargs: Any) -> Any:
+    """Call `func` as an operation of the card. When the host cannot give the memory, the card had not got it either."""
+    try:
+        with ledger.card().operation(operation.name):
+            return func(*args, **kwargs)
+    except RuntimeError as error:
+        wanted = str(error).partition("DefaultCPUAllocator: ")[2].partition("you tried to allocate ")[2]
+        if not wanted:
+            raise
+        nbytes = int(wanted.split(" ")[0])
+    raise out_of_memory(nbytes, ledger.card())
+
+
+def settle(ledger: Ledger, operation: Operation, args: Any, kwargs: Any, out: Any) -> BaseException | None:
+    """Charge what an operation has returned, and what it has resized; returns the error when there is no room."""
+    error = None
+    if isinstance(out, _Tensor):
+        error = ledger.put(out)
+    elif isinstance(out, _SEQUENCES):
+        for value in out:
+            if isinstance(value, _Tensor):
+                error = error or ledger.put(value)
+            elif isinstance(value, _SEQUENCES):
+                error = error or settle(ledger, operation, (), {}, value)
+    if operation.resizes and error is None:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, _Tensor):
+                error = error or _recharge(ledger, value)
+    return error
+
+
+def _recharge(ledger: Ledger, tensor: Any) -> BaseException | None:
+    """Charge a tensor's storage at the size that it has now; when there is no room, it gets its old size back."""
+    entry = ledger.entry(tensor)
+    storage = entry() if entry is not None else None
+    if entry is None or storage is None:
+        return None
+    nbytes = torch._C.StorageBase.nbytes(storage)
+    if nbytes == entry.nbytes:
+        return None
+    error = ledger.resized(entry, nbytes)
+    if error is not None:
+        torch._C.StorageBase.resize_(storage, entry.nbytes)
+    return error
+
+
+# --- which devices go together --------------------------------------------------------------------------------------
+
+
+def check_ordinal(device: Any) -> None:
+    """Raise RuntimeError unless the device is the one GPU that this process has."""
+    if device.index not in (None, 0):
+        raise RuntimeError(
+            f"CUDA error: invalid device ordinal: {device} does not exist; this process has one simulated GPU, cuda:0"
+        )
+
+
+def _check_hosts(ledger: Ledger, operation: Operation, hosts: list[Any]) -> None:
+    """Tensors on the host beside ones on the card: floating ones join them, others are an error, as on a real GPU."""
+    for tensor in hosts:
+        if ledger.floats(tensor):
+            take_aboard(ledger, tensor)
+        elif not operation.mixes and not _is_meta(tensor):
+            raise _mixed(operation)
+
+
+def _check_written(ledger: Ledger, operation: Operation, args: Any) -> None:
+    """A result on the card cannot be written into a tensor on the host, not even into a scalar one."""
+    for index in operation.written:
+        value = args[index] if index < len(args) else None
+        if isinstance(value, _Tensor) and ledger.entry(value) is None:
+            if ledger.floats(value):
+                take_aboard(ledger, value)
+            elif not operation.mixes and not _is_meta(value):
+                raise _mixed(operation)
+
+
+def _mixed(operation: Operation) -> RuntimeError:
+    return RuntimeError(
+        "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
+        f"(when checking arguments for {operation.name})"
+    )
+
+
+def take_aboard(ledger: Ledger, tensor: Any) -> None:
+    error = ledger.put(tensor)
+    if error is not None:
+        raise error
+
+
+def _drift(ledger: Ledger, operation: Operation, args: Any, kwargs: Any, found: _Found, out: Any) -> None:
+    """On the host: decide floating arguments, or pass their state on to the result."""
+    hosts = found.hosts or []
+    floating = [tensor for tensor in hosts if ledger.floats(tensor)]
+    if len(floating) < len(hosts):
+        for tensor in floating:
+            ledger.settle_on_host(tensor)
+    elif floating or (operation.factory and "pin_memory" not in kwargs):
+        for value in out if isinstance(out, _SEQUENCES) else (out,):
+            if isinstance(value, _Tensor):
+                ledger.float_storage(value)
+
+
+def _check_size(ledger: Ledger, args: Any, kwargs: Any) -> None:
+    """Refuse a new tensor larger than the card before the host tries to make it."""
+    size = args[0] if args else None
+    if isinstance(size, _SEQUENCES) and all(isinstance(length, int) for length in size):
+        dtype = kwargs.get("dtype") or torch.get_default_dtype()
+        nbytes = math.prod(size) * dtype.itemsize
+        card = ledger.card()
+        if nbytes > card.capacity:
+            ledger.ooms += 1
+            raise out_of_memory(nbytes, card)
+
+
+# --- pinned host memory ---------------------------------------------------------------------------------------------
+
+
+def pin(tensor: Any) -> None:
+    """Let a tensor on the host count as pinned; storages keep what is written on them."""
+    torch._C.TensorBase.untyped_storage(tensor)._acb_pinned = True
+
+
+def pinned(tensor: Any) -> bool:
+    """Whether pin() was called for this tensor's storage."""
+    return hasattr(torch._C.TensorBase.untyped_storage(tensor), "_acb_pinned")

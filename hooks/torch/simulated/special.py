@@ -1,0 +1,104 @@
+"""Operations that know about devices themselves: copies, pinned memory, packed sequences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from acb.hooks.torch.simulated.compute import CPU, check_ordinal, find, pin, pinned, run, take_aboard
+from acb.hooks.torch.simulated.ledger import Ledger, check
+from acb.hooks.torch.simulated.operations import Operation
+
+
+def _copy_(ledger: Ledger, func: Any, operation: Operation, args: Any, kwargs: Any) -> Any:
+    """``destination.copy_(source)``: the one operation that every pair of devices may take part in."""
+    destination, source = args[0], args[1]
+    there, here = ledger.entry(destination), ledger.entry(source)
+    if there is None and here is None:
+        return func(*args, **kwargs)
+    for entry in (there, here):
+        if entry is not None and entry.state:
+            check(entry, operation.name)
+    if there is None and ledger.floats(destination):
+        take_aboard(ledger, destination)
+    elif here is None and ledger.floats(source):
+        take_aboard(ledger, source)
+    elif (there is None) != (here is None):
+        ledger.card().copied(destination.numel() * destination.element_size())
+    return run(ledger, func, operation, args, kwargs)
+
+
+def _to_copy(ledger: Ledger, func: Any, operation: Operation, args: Any, kwargs: Any) -> Any:
+    """Copies between devices and kinds of numbers."""
+    device = kwargs.get("device")
+    to_pin = kwargs.get("pin_memory")
+    here = ledger.entry(args[0])
+    if here is not None and here.state:
+        check(here, operation.name)
+    if device is not None and device.type not in ("cuda", "cpu"):
+        return func(*args, **kwargs)
+    if device is not None and device.type == "cuda":
+        check_ordinal(device)
+        kwargs = {**kwargs, "device": CPU}
+        to_card = True
+    elif device is not None and to_pin is not None:
+        to_card = False
+    else:
+        to_card = here is not None
+    if to_pin:
+        kwargs = {**kwargs, "pin_memory": False}
+    if here is None and not to_card:
+        out = func(*args, **kwargs)
+        if ledger.floats(args[0]):
+            ledger.float_storage(out)
+    else:
+        out = run(ledger, func, operation, args, kwargs)
+        if (here is not None) != to_card:
+            ledger.card().copied(out.numel() * out.element_size())
+    if to_card:
+        error = ledger.put(out)
+        if error is not None:
+            del out
+            raise error
+    elif to_pin:
+        pin(out)
+    return out
+
+
+def _pack_padded_sequence(ledger: Ledger, func: Any, operation: Operation, args: Any, kwargs: Any) -> Any:
+    """The batch sizes that come with packed data are always on the host."""
+    if ledger.entry(args[0]) is None:
+        return func(*args, **kwargs)
+    find(ledger, operation, args, kwargs)
+    data, batch_sizes = run(ledger, func, operation, args, kwargs)
+    error = ledger.put(data)
+    if error is not None:
+        del data
+        raise error
+    return data, batch_sizes
+
+
+def _is_pinned(ledger: Ledger, func: Any, operation: Operation, args: Any, kwargs: Any) -> bool:
+    return pinned(args[0])
+
+
+def _pin_memory(ledger: Ledger, func: Any, operation: Operation, args: Any, kwargs: Any) -> Any:
+    out = torch.ops.aten.clone.default(args[0])
+    pin(out)
+    return out
+
+
+def _no_output(ledger: Ledger, func: Any, operation: Operation, args: Any, kwargs: Any) -> None:
+    return None
+
+
+SPECIAL = {
+    "copy_": _copy_,
+    "_to_copy": _to_copy,
+    "_pack_padded_sequence": _pack_padded_sequence,
+    "is_pinned": _is_pinned,
+    "_pin_memory": _pin_memory,
+    "record_stream": _no_output,
+}
+"""By the operation's name."""
