@@ -123,6 +123,7 @@ class Agent:
         self._try_at = 0.0  # when to try to connect next
         self._restart_at = 0.0
         self._farewell = False
+        self._finishing = False
         self._trace = Trace(os.environ.get("ACB_TRACE"), name)
 
     # --- called by the program's threads ----------------------------------------------------------------------------
@@ -138,6 +139,10 @@ class Agent:
                 raise LeaseRefused(reason)
             if not self.gate.closed:
                 return  # it was opened while this thread waited for the lock
+            if self._finishing:
+                from acb.client.runtime import LeaseRefused
+
+                raise LeaseRefused("the interpreter is ending: it is too late to get the GPU back")
             if not self._wanted:
                 self._wanted = True
                 if not self.lease:
@@ -165,7 +170,7 @@ class Agent:
             message = decode(_receive(connection, MAX_GRANT, socket.MSG_PEEK))
             if isinstance(message, Grant):
                 with self._lock:
-                    self._take(message)
+                    self._granted(message)
                     _receive(connection, 1)
                 return True
         except (OSError, ProtocolError):
@@ -236,6 +241,18 @@ class Agent:
                 self._room_changed.wait(left)
             return None
 
+    def finish(self) -> None:
+        """The process ends: return when the agent's thread has, which is soon.
+
+        Left to itself it would be ended by the interpreter wherever it is, and in the middle of a framework's C++ code
+        that ends the whole process with SIGABRT.
+        """
+        thread = self._thread
+        if thread is not None and thread.ident not in (None, threading.get_ident()):
+            self._finishing = True
+            self._wake()
+            thread.join()
+
     def abandon(self) -> None:
         """In a forked child: drop the parent's connection without a word."""
         self._trace.close()
@@ -274,7 +291,7 @@ class Agent:
         # Signals are for the program's own threads, as without acb. Not those that the kernel sends for a fault.
         faults = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS}
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - faults)
-        while True:
+        while not self._finishing:
             try:
                 self._turn()
             except Exception as error:  # whatever it is, the program must not hang because of it
@@ -301,7 +318,7 @@ class Agent:
                     os.eventfd_read(self._wake_fd)
                 elif not self._read():
                     self._disconnected()
-            if self._socket is None:
+            if self._socket is None or self._finishing:
                 return
 
     def _read(self) -> bool:
@@ -322,9 +339,11 @@ class Agent:
 
     def _hear(self, connection: socket.socket) -> None:
         """From now on the agent's thread reads."""
-        with contextlib.suppress(OSError):
-            if self._poller is not None:
+        if self._poller is not None:
+            try:
                 self._poller.register(connection, select.EPOLLIN)
+            except OSError:
+                pass  # it is closed, or was not deaf in the first place
         if self._trace.enabled:
             self._wake()  # a granted lease is watched
 
@@ -506,7 +525,7 @@ class Agent:
         try:
             for evacuator in self._evacuators:
                 try:
-                    moved += evacuator.restore()
+                    moved += int(evacuator.restore())
                 except MemoryError:
                     raise
                 except Exception as error:  # what it lost the program will see when it touches it; it must not hang
@@ -666,7 +685,7 @@ class Agent:
         total = 0
         for evacuator in self._evacuators:
             try:
-                total += getattr(evacuator, what)()
+                total += int(getattr(evacuator, what)())  # a framework's own kind of integer cannot be sent
             except Exception as error:
                 from acb.client.runtime import warn_once
 

@@ -6,6 +6,7 @@ anything.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import threading
@@ -85,6 +86,15 @@ def _forget() -> None:
 
 
 os.register_at_fork(after_in_child=_forget)
+
+
+def _finish() -> None:
+    """At the interpreter's end, while its threads still run."""
+    if _client is not None:
+        _client.agent.finish()
+
+
+atexit.register(_finish)
 
 
 def warn_once(key: str, message: str) -> None:
