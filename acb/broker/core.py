@@ -263,7 +263,7 @@ class Broker:
             return
         self._gpu(client).holders.discard(client.id)
         client.lease = client.revoked = False
-        client.headroom, client.unmovable, client.yielded_at = 0, "", now
+        client.headroom, client.need, client.unmovable, client.yielded_at = 0, 0, "", now
         before = client.peak
         self._measure(client, message.resident, message.peak)
         client.steady = client.steady + 1 if client.peak <= before else 0
@@ -297,6 +297,8 @@ class Broker:
             self._send(client.id, Room(False, "no lease is held"))
             return
         self._measure(client, message.resident)
+        if client.room_wanted:
+            self._send(client.id, Room(False, "it has asked for something else meanwhile"))
         client.room_wanted = max(1, message.resident + message.nbytes)
 
     # --- decisions -------------------------------------------------------------------------------------------------
@@ -372,14 +374,15 @@ class Broker:
                 protected = holder.granted_at + self.policy.quantum(holder, client) - now
                 self._send(holder.id, Revoke(max(0.0, protected)))
             return Admission.COMING
-        want = self._want(client, gpu)
+        headroom = want = self._want(client, gpu)
         if not self._make_room(gpu, client, want):
             if any(other.evacuating for other in self._others(gpu, client)):
                 return Admission.COMING
             if self._floor(client) == 0 or not self._make_room(gpu, client, self._floor(client)):
                 return Admission.STUCK
+            headroom = min(want, gpu.capacity - self._in_use(gpu, without=client))
         client.waiting, client.lease, client.granted_at, client.emptied = False, True, now, False
-        client.headroom = min(want, gpu.capacity - self._in_use(gpu, without=client))
+        client.headroom = headroom
         gpu.holders.add(client.id)
         self._bind(client, gpu)
         self._send(client.id, Grant(gpu.ordinal, gpu.visible, client.headroom))
@@ -422,6 +425,8 @@ class Broker:
             gpu = self._gpu(client)
             client.resident = min(max(0, resident), gpu.capacity - self._in_use(gpu, without=client))
             client.peak = max(client.peak, client.resident, min(peak, gpu.capacity))
+            # When only a part could be restored, that part is not in host memory any more; in all it fits the GPU.
+            client.evacuated = min(client.evacuated, gpu.capacity - client.resident)
 
     # --- small helpers ---------------------------------------------------------------------------------------------
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
+import json
 import os
 import select
 import signal
 import socket
 import struct
-import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,8 +40,17 @@ from acb.protocol import (
 RECOVERY = 5.0
 """Seconds that a new broker waits for the clients of one that died, before it lends their GPU to others."""
 
-CLIENTS_PER_PACKET = 100
-"""So many clients fit a status packet with room to spare."""
+STATUS_SIZE = MAX_PACKET * 3 // 4
+"""Bytes of clients in a status packet; the rest of the report fits beside them."""
+
+NAME_LENGTH = 64
+"""Characters of a program's name."""
+
+REASON_LENGTH = 200
+"""Characters, in the status, of why a client could not be evacuated."""
+
+LOG_LINES = 10_000
+"""So much is logged in a broker's life: whoever floods it must not fill the disk."""
 
 
 class Referee(Protocol):
@@ -76,7 +87,8 @@ class Server:
         self._buffer = memoryview(bytearray(MAX_PACKET + 1))
         self._stopping = False
         self._recover_until: float | None = None
-        self._holders: list[set[int]] = [set() for _ in gpus]
+        self._holders: list[set[int] | None] = [None for _ in gpus]  # as the referees were told; None: not yet
+        self._full = False  # no further connection can be accepted
         self._listener = self._listen()
 
     # --- life ------------------------------------------------------------------------------------------------------
@@ -85,15 +97,14 @@ class Server:
         """Run until a SIGTERM, a SIGINT or a client's AskStop. Leaves nothing behind."""
         wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_write)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._signalled)
         self._poller.register(wake_read, select.EPOLLIN)
         survivors = self._journal.survivors()
         if survivors:
             self._core.recover(survivors)
             self._recover_until = time.monotonic() + RECOVERY
-        for referee in self._referees:
-            referee.set_holders(())
+        self._tell_referees()
         try:
             while not self._stopping:
                 for descriptor, _ in self._poller.poll(self._timeout()):
@@ -161,7 +172,13 @@ class Server:
                 except OSError as error:
                     if isinstance(error, BlockingIOError):
                         raise
+                    if error.errno not in (errno.EMFILE, errno.ENFILE):
+                        return  # of this connection only: the peer has gone away
+                    if self._drop_silent():
+                        continue
                     _log(f"cannot accept a connection: {error.strerror}")
+                    self._full = True
+                    self._poller.unregister(self._listener)
                     return
                 pid, uid = _peer(accepted)
                 if uid not in (os.getuid(), 0):
@@ -175,25 +192,34 @@ class Server:
                 self._by_descriptor[accepted.fileno()] = connection
                 self._poller.register(accepted, select.EPOLLIN)
 
-    def _readable(self, connection: Connection) -> None:
-        """Take one packet; what else has come is taken in the next turn, after everybody else's."""
+    def _drop_silent(self) -> bool:
+        """Make place by dropping the oldest connection that has not said hello; False when there is none."""
+        for connection in self._connections.values():
+            if connection.id not in self._core.clients:
+                self._drop(connection)
+                return True
+        return False
+
+    def _readable(self, connection: Connection) -> bool:
+        """Take one packet; what else has come is taken in the next turn, after everybody else's. False: there is none."""
         try:
             size = connection.socket.recv_into(self._buffer)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             size = 0
         if not size:
             self._drop(connection)
-            return
+            return False
         try:
             message = decode(bytes(self._buffer[:size]))
         except ProtocolError as error:
             _log(f"process {connection.pid} sent nonsense and is disconnected: {error}")
             connection.send(Refused(str(error)))
             self._drop(connection)
-            return
+            return False
         self._take(connection, message)
+        return True
 
     def _drop(self, connection: Connection) -> None:
         if self._connections.pop(connection.id, None) is None:
@@ -201,6 +227,9 @@ class Server:
         self._poller.unregister(connection.socket)
         del self._by_descriptor[connection.socket.fileno()]
         connection.socket.close()
+        if self._full:
+            self._full = False
+            self._poller.register(self._listener, select.EPOLLIN)
         if connection.id in self._core.clients:
             self._journal.went(connection.pid)
             self._deliver(self._core.gone(connection.id, time.monotonic()))
@@ -209,33 +238,41 @@ class Server:
 
     def _take(self, connection: Connection, message: Message) -> None:
         if isinstance(message, AskStatus):
-            for part in self._status():
-                connection.send(part)
+            connection.send(self._status(message.after))
         elif isinstance(message, AskStop):
             connection.send(Goodbye(os.getpid()))
             self._stopping = True
         else:
             if isinstance(message, Hello):
+                self._finish_former(connection)
                 # What the kernel says counts, also where the peer lives in another pid namespace.
-                message = Hello(**{**_fields(message), "pid": connection.pid})
-            self._metrics.received(message)
+                message = replace(message, pid=connection.pid, name=message.name[:NAME_LENGTH])
             self._deliver(self._core.handle(connection.id, message, time.monotonic()))
+            self._metrics.received(message)
             if isinstance(message, Hello) and connection.id in self._core.clients:
                 self._journal.came(connection.pid)
+
+    def _finish_former(self, connection: Connection) -> None:
+        """A process says hello again: what its former connection still has, its end above all, came before that."""
+        for former in [c for c in self._connections.values() if c.pid == connection.pid != 0 and c is not connection]:
+            while former.id in self._connections and self._readable(former):
+                pass
 
     def _deliver(self, sends: list[Send]) -> None:
         """Tell the devices who may use them, then the clients what they are to do."""
         self._tell_referees()
+        leaving = []
         for send in sends:
             connection = self._connections.get(send.client)
             if connection is None:
                 continue
+            sent = connection.send(send.message)
             client = self._core.clients.get(send.client)
             self._metrics.sent(send.message, client.granted_at - client.asked_at if client else 0.0)
-            if not connection.send(send.message):
+            if not sent:
                 _log(f"process {connection.pid} does not read what it is sent and is disconnected")
                 self._drop(connection)
-            elif isinstance(send.message, Refused) and send.client not in self._core.clients:
+            elif client is None and isinstance(send.message, Refused):
                 self._drop(connection)
 
     def _tell_referees(self) -> None:
@@ -245,7 +282,8 @@ class Server:
                 if index < len(self._referees):
                     self._referees[index].set_holders([self._core.clients[i].pid for i in sorted(gpu.holders)])
 
-    def _status(self) -> Iterator[Status]:
+    def _status(self, after: int) -> Status:
+        """The report, when it is the first packet, and the clients with ids above `after` that fit."""
         now = time.monotonic()
         report = {
             "pid": os.getpid(),
@@ -258,10 +296,15 @@ class Server:
             "gpus": [self._gpu_report(gpu) for gpu in self._core.gpus],
             "totals": self._metrics.report(),
         }
-        clients = [_client_report(c, now) for c in sorted(self._core.clients.values(), key=lambda c: c.id)]
-        for begin in range(0, max(1, len(clients)), CLIENTS_PER_PACKET):
-            end = begin + CLIENTS_PER_PACKET
-            yield Status({} if begin else report, clients[begin:end], more=end < len(clients))
+        clients: list[dict[str, Any]] = []
+        size = 0
+        for number in sorted(number for number in self._core.clients if number > after):
+            client = _client_report(self._core.clients[number], now)
+            size += len(json.dumps(client))
+            if size > STATUS_SIZE:
+                return Status({} if after else report, clients, more=True)
+            clients.append(client)
+        return Status({} if after else report, clients)
 
     def _gpu_report(self, gpu: Gpu) -> dict[str, Any]:
         clients = [self._core.clients[i] for i in gpu.bound]
@@ -289,6 +332,8 @@ class Connection:
             self.socket.send(encode(message))
         except BlockingIOError:
             return False
+        except ProtocolError as error:
+            _log(f"process {self.pid} is not answered: {error}")
         except OSError:
             pass  # it is dead, which reading will show
         return True
@@ -299,10 +344,6 @@ def _peer(accepted: socket.socket) -> tuple[int, int]:
     credentials = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid, uid, _ = struct.unpack("3i", credentials)
     return pid, uid
-
-
-def _fields(message: Message) -> dict[str, Any]:
-    return {field.name: getattr(message, field.name) for field in fields(message)}
 
 
 def _client_report(client: Client, now: float) -> dict[str, Any]:
@@ -319,9 +360,19 @@ def _client_report(client: Client, now: float) -> dict[str, Any]:
         "waiting_s": round(now - client.asked_at, 3) if client.waiting else None,
         "leased_s": round(now - client.granted_at, 3) if client.lease else None,
         "revoked": client.revoked,
-        "unmovable": client.unmovable or None,
+        "unmovable": client.unmovable[:REASON_LENGTH] or None,
     }
 
 
+_log_lines = itertools.count(1)
+
+
 def _log(message: str) -> None:
-    print(f"gpu_assigner: {message}", file=sys.stderr, flush=True)  # noqa: T201 - the broker's own log
+    """One line on stderr. A full disk is no reason to end."""
+    number = next(_log_lines)
+    if number > LOG_LINES:
+        return
+    if number == LOG_LINES:
+        message = "there was too much to log; nothing more is logged"
+    with contextlib.suppress(OSError):
+        os.write(2, f"gpu_assigner: {message}\n".encode("utf-8", "replace"))

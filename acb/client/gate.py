@@ -98,7 +98,8 @@ class Gate:
         self._states: list[weakref.ref[ThreadState]] = []
         self._joining = threading.RLock()
         self._local = _Local(self)
-        self._opened = threading.Condition(threading.RLock())
+        self._changing = threading.RLock()
+        self._opened = threading.Condition(self._changing)
         self._listeners: list[GateListener] = []
 
     # --- the user's threads ---------------------------------------------------------------------------------------
@@ -151,7 +152,7 @@ class Gate:
     def _wait(self, state: ThreadState) -> None:
         """Block until the gate is open; `state.depth` is 1 and the gate was seen open when this returns."""
         state.depth = 0
-        with self._opened:
+        with self._changing:
             self._waiting += 1
         try:
             while not sys.is_finalizing():  # then the agent's thread is gone, and nothing will open the gate any more
@@ -171,14 +172,14 @@ class Gate:
                 state.depth = 0
             state.depth = 1
         finally:
-            with self._opened:
+            with self._changing:
                 self._waiting -= 1
 
     # --- the agent -------------------------------------------------------------------------------------------------
 
     def add_listener(self, listener: GateListener) -> None:
         """Tell `listener` of every change from now on, beginning with the present state."""
-        with self._opened:
+        with self._changing:
             self._listeners.append(listener)
             if self.closed:
                 self._tell("close", [listener])
@@ -187,20 +188,20 @@ class Gate:
 
     def watch(self) -> None:
         """Ask to be told, through `idle`, whenever a region ends."""
-        with self._opened:
+        with self._changing:
             self.watched = True
             self._tell("watch", self._listeners)
 
     def close(self) -> None:
         """Let no further region begin. Regions already open go on: wait for busy() to say no."""
-        with self._opened:
+        with self._changing:
             self.watched = True
             self.closed = True
             self._tell("close", self._listeners)
 
     def open(self, *, watched: bool = False) -> None:
         """Let regions in, and wake who waits; with `watched`, as after watch()."""
-        with self._opened:
+        with self._changing:
             self.watched = watched
             self._tell("watch" if watched else "open", self._listeners)
             self.last_exit = time.monotonic()  # waiting for the lease is no gap of the program's
@@ -209,13 +210,17 @@ class Gate:
 
     def refuse(self) -> None:
         """Wake who waits, to ask again: the agent has an answer that is no lease."""
-        with self._opened:
+        with self._changing:
             self._refusals += 1
             self._opened.notify_all()
 
     def busy(self) -> bool:
         """Whether any thread is in a region."""
-        return any(state is not None and state.depth > 0 for state in [ref() for ref in list(self._states)])
+        for ref in self._states[:]:
+            state = ref()
+            if state is not None and state.depth > 0:
+                return True
+        return False
 
     def expected(self) -> bool:
         """Whether a thread that waited at the gate is about to come in: it is open, but the thread has not run yet."""
