@@ -84,7 +84,7 @@ class Database:
         Single-threaded and deterministic: HMMER's random numbers are seeded afresh in every round.
         """
         name = "query:" + protein.name  # told apart from the same protein in the set
-        query = TextSequence(name=name, sequence=protein.residues).digitize(self._alphabet)
+        query = TextSequence(name=name.encode(), sequence=protein.residues).digitize(self._alphabet)
         search = Pipeline(self._alphabet, **self._options).iterate_seq(query, self._sequences)
         found = next(search)
         done = 1
