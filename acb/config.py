@@ -50,7 +50,7 @@ class SimulatedSpec(NamedTuple):
         if self.bandwidth is not None:
             text += f",bandwidth={format_size(self.bandwidth, exact=True)}"
         if self.speed is not None:
-            text += f",speed={self.speed:g}"
+            text += f",speed={self.speed!r}"
         return text
 
 
@@ -59,11 +59,12 @@ def parse_size(text: str) -> int:
 
     Raises ConfigError when the text is not a size above zero.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    factor = _FOLDED_UNITS.get(match[2].lower()) if match else None
+    match = re.fullmatch(r"\s*([0-9]{1,30})(?:\.([0-9]{1,30}))?\s*([A-Za-z]*)\s*", text)
+    factor = _FOLDED_UNITS.get(match[3].lower()) if match else None
     if match is None or factor is None:
         raise ConfigError(f"{text!r} is not a size; write a number and a unit, such as 10GiB or 512MiB")
-    size = int(float(match[1]) * factor)
+    decimals = match[2] or "0"
+    size: int = int(match[1]) * factor + int(decimals) * factor // 10 ** len(decimals)
     if not 0 < size < 1 << 60:
         raise ConfigError(f"the size {text!r} is impossible; give one above zero, such as 10GiB")
     return size
@@ -84,7 +85,7 @@ def parse_simulated(text: str) -> SimulatedSpec:
     Raises ConfigError when it is anything else.
     """
     head, *options = text.split(",")
-    match = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(.+)", head)
+    match = re.fullmatch(r"\s*([0-9]{1,9})\s*[xX]\s*(.+)", head)
     if match is None or not 0 < int(match[1]) <= 64:
         raise ConfigError(
             f"{text!r} does not describe simulated GPUs; write a count (1 to 64) and a size, such as 1x2GiB"
@@ -94,14 +95,22 @@ def parse_simulated(text: str) -> SimulatedSpec:
         name, _, value = option.partition("=")
         if name.strip() == "bandwidth":
             spec = spec._replace(bandwidth=parse_size(value.removesuffix("/s")))
-        elif name.strip() == "speed" and re.fullmatch(r"(0?\.\d*[1-9]\d*|0\.\d*[1-9]\d*|1(\.0*)?)", value.strip()):
-            spec = spec._replace(speed=float(value))
+        elif name.strip() == "speed" and 0 < _number(value) <= 1:
+            spec = spec._replace(speed=_number(value))
         else:
             raise ConfigError(
                 f"{option!r} is not an option of simulated GPUs; there are bandwidth=SIZE (a second) and "
                 f"speed=FRACTION (above 0, at most 1)"
             )
     return spec
+
+
+def _number(text: str) -> float:
+    """The number that the text is; 0 when it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
 
 
 def runtime_dir() -> Path:
@@ -179,5 +188,5 @@ def env_path() -> Path:
 
 
 def simulated_dir(spec: SimulatedSpec) -> Path:
-    """The directory of the simulated GPUs that all programs started with the same `spec` share."""
-    return runtime_dir() / ("simulated-" + re.sub(r"[^A-Za-z0-9.]+", "-", str(spec)))
+    """The directory of the simulated GPUs that all programs started with the same `spec` share, within one job."""
+    return runtime_dir() / ("simulated-" + re.sub(r"[^A-Za-z0-9.]+", "-", str(spec)) + job_suffix())

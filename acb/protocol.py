@@ -113,10 +113,11 @@ class MoreRoom(Message):
 
 @dataclass(frozen=True, slots=True)
 class AskStatus(Message):
-    """What the broker sees; answered with Status."""
+    """What the broker sees; answered with one Status. To hear of all clients, ask again for those `after` the last."""
 
     type: ClassVar[str] = "ask_status"
     version: int = VERSION
+    after: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +192,7 @@ class Refused(Message):
 
 @dataclass(frozen=True, slots=True)
 class Status(Message):
-    """Answer to AskStatus, in as many packets as it takes: `report` once, `clients` in parts while `more` follow."""
+    """Answer to AskStatus: `report` with the first, as many `clients`, by id, as fit, and whether there are `more`."""
 
     type: ClassVar[str] = "status"
     report: dict[str, Any] = field(default_factory=dict)
@@ -281,7 +282,7 @@ def _decode(packet: bytes) -> Message:
         raise ProtocolError(f"not JSON: {packet[:40]!r}") from None
     name = body.get("type") if isinstance(body, dict) else None
     if not isinstance(name, str) or name not in _SCHEMAS:
-        raise ProtocolError(f"unknown message type {name!r}")
+        raise ProtocolError(f"unknown message type {str(name)[:40]!r}")
     values = {}
     for key, accepted, required in _SCHEMAS[name]:
         if key not in body:

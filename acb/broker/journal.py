@@ -5,6 +5,7 @@ One small JSON file beside the socket, replaced as a whole when a client comes o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -36,7 +37,7 @@ class Journal:
             found = json.loads(self.path.read_text())
             self.options = dict(found["options"])
             self._clients = {int(pid): int(start) for pid, start in found["clients"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return False
         return True
 
@@ -74,5 +75,10 @@ class Journal:
 
     def _write(self) -> None:
         draft = self.path.with_suffix(".draft")
-        draft.write_text(json.dumps({"options": self.options, "clients": self._clients}))
-        os.replace(draft, self.path)
+        try:
+            draft.write_text(json.dumps({"options": self.options, "clients": self._clients}))
+            os.replace(draft, self.path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                draft.unlink()
+            raise

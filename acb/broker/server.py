@@ -201,7 +201,7 @@ class Server:
         return False
 
     def _readable(self, connection: Connection) -> bool:
-        """Take one packet; what else has come is taken in the next turn, after everybody else's. False: there is none."""
+        """Take one packet, the rest in the next turn, after everybody else's. False: there is none."""
         try:
             size = connection.socket.recv_into(self._buffer)
         except BlockingIOError:
@@ -271,12 +271,16 @@ class Server:
             self._metrics.sent(send.message, client.granted_at - client.asked_at if client else 0.0)
             if not sent:
                 _log(f"process {connection.pid} does not read what it is sent and is disconnected")
-                self._drop(connection)
+                leaving.append(connection)
             elif client is None and isinstance(send.message, Refused):
-                self._drop(connection)
+                leaving.append(connection)
+        for connection in leaving:  # only now: what follows from it is to be said after all that was decided before
+            self._drop(connection)
 
     def _tell_referees(self) -> None:
         for index, gpu in enumerate(self._core.gpus):
+            if self._holders[index] is None and self._core.recovering and not gpu.holders:
+                continue  # who held the lease of the broker that died may run on meanwhile
             if gpu.holders != self._holders[index]:
                 self._holders[index] = set(gpu.holders)
                 if index < len(self._referees):

@@ -55,7 +55,7 @@ def evacuate_all(evacuators: list[Evacuator]) -> int:
     done: list[tuple[Evacuator, int]] = []
     for evacuator in list(evacuators):
         try:
-            done.append((evacuator, evacuator.evacuate()))
+            done.append((evacuator, int(evacuator.evacuate())))
         except Exception as error:
             refusal = error if isinstance(error, EvacuationError) else EvacuationError(f"failed: {error!r}")
             for other, moved in reversed(done):

@@ -32,7 +32,15 @@ def devices() -> list[Device]:
     except pynvml.NVMLError as error:
         raise NvmlError(f"no NVIDIA GPU can be used here ({error})") from None
     try:
-        found = [_device(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())]
+        indices = range(pynvml.nvmlDeviceGetCount())
+        found, problem = [], None
+        for index in indices:
+            try:
+                found.append(_device(pynvml, index))
+            except pynvml.NVMLError as error:
+                problem = error  # it has fallen off the bus: the others work
+        if problem is not None and not found:
+            raise problem
     except pynvml.NVMLError as error:
         raise NvmlError(f"the NVIDIA driver does not answer ({error})") from None
     finally:
@@ -43,14 +51,14 @@ def devices() -> list[Device]:
 def visible(found: Sequence[Device], setting: str | None) -> list[Device]:
     """Those of the GPUs that CUDA_VISIBLE_DEVICES leaves, in its order; it names ordinals or (beginnings of) UUIDs.
 
-    As in CUDA, an entry that names nothing ends the list.
+    As in CUDA, an entry that names nothing ends the list; so does one that was there before.
     """
     if setting is None:
         return list(found)
     chosen: list[Device] = []
     for entry in (part.strip() for part in setting.split(",")):
         match = [d for d in found if entry == str(d.ordinal) or (entry.startswith("GPU-") and d.uuid.startswith(entry))]
-        if len(match) != 1:
+        if len(match) != 1 or match[0].uuid in (device.uuid for device in chosen):
             break
         chosen.append(match[0]._replace(ordinal=len(chosen)))
     return chosen

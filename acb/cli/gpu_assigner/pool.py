@@ -70,10 +70,13 @@ def simulated(spec: SimulatedSpec, chosen: Sequence[str] | None) -> Pool:
         list(ordinals.values()) if chosen in (None, ["all"]) else [_pick(ordinals, entry) for entry in chosen or ()]
     )
     directory = simulated_dir(spec)
+    existed = directory.exists()
     try:
         create_cards(directory, spec)
         cards = [Card.open(directory, n) for n in picked]
     except (CardError, OSError) as error:
+        if not existed:
+            shutil.rmtree(directory, ignore_errors=True)
         raise ConfigError(f"cannot make the simulated GPUs in {directory}: {error}", EX_CANTCREAT) from None
     return Pool(
         [Gpu(n, spec.capacity, str(n)) for n in picked],

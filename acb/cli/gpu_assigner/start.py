@@ -7,14 +7,17 @@ It returns when the broker answers, and leaves it running in the background; end
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import os
+import resource
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from acb.broker.journal import Journal
 from acb.broker.policies import POLICIES
@@ -30,6 +33,9 @@ from acb.config import (
     pid_path,
     socket_path,
 )
+
+if TYPE_CHECKING:
+    from acb.broker.server import Server
 
 PATIENCE = 20.0
 """Seconds until a broker that does not answer after its start is given up."""
@@ -56,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--foreground", action="store_true", help="stay in the foreground and log to stderr")
     parser.add_argument("--recover", action="store_true", help="use the options of a broker that died, if one did")
+    parser.add_argument("--log", metavar="FILE", type=Path, help=argparse.SUPPRESS)  # where to log once it runs
 
 
 def run(options: argparse.Namespace) -> int:
@@ -67,10 +74,8 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if options.recover:
         _take_over(options)
-    # Problems with the options are reported here, in the foreground.
-    pool = _pool(options)
     if options.foreground:
-        return _serve(path, pool, options)
+        return _serve(path, options)
     return _spawn(path, options)
 
 
@@ -97,7 +102,8 @@ def _take_over(options: argparse.Namespace) -> None:
         for name, parse in parsers.items():
             text = journal.options.get(name)
             if getattr(options, name) is None and isinstance(text, str):
-                setattr(options, name, parse(text))
+                with contextlib.suppress(ConfigError):  # the journal of another version
+                    setattr(options, name, parse(text))
         if journal.options.get("scheduler") in POLICIES:
             options.scheduler = journal.options["scheduler"]
 
@@ -120,23 +126,30 @@ def _options(options: argparse.Namespace) -> dict[str, Any]:
 
 def _spawn(path: Path, options: argparse.Namespace) -> int:
     """Run the same command in the background, and wait until the socket answers."""
-    command = [sys.executable, "-m", "acb.cli.gpu_assigner", "start", "--foreground"]
+    log = _beside("log")
+    command = [sys.executable, "-m", "acb.cli.gpu_assigner", "start", "--foreground", "--log", str(log)]
     for name, value in _options(options).items():
         command += [f"--{name.replace('_', '-')}", value] if value else []
-    log = _beside("log")
+    said = os.memfd_create("gpu_assigner")  # what it says before it runs; a full disk may be what it has to say
     try:
-        with open(log, "wb") as stream:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=stream,
-                start_new_session=True,
-                cwd="/",
-                env={**os.environ, "ACB_RUNTIME_DIR": str(path.parent), "PYTHONPATH": _search_path()},
-            )
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            start_new_session=True,
+            cwd="/",
+            env={**os.environ, "ACB_RUNTIME_DIR": str(path.parent), "PYTHONPATH": _search_path()},
+        )
+        return _wait_for_start(path, process, said)
     except OSError as error:
         raise ConfigError(f"cannot start the broker: {error}", EX_CANTCREAT) from None
+    finally:
+        os.close(said)
+
+
+def _wait_for_start(path: Path, process: subprocess.Popen[bytes], said: int) -> int:
+    """Return 0 when a broker answers. Raises ConfigError when the process ends before that, with what it `said`."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         report = talk.status(path)
@@ -148,46 +161,80 @@ def _spawn(path: Path, options: argparse.Namespace) -> int:
         except subprocess.TimeoutExpired:
             continue
         if process.returncode == EX_TEMPFAIL:
-            continue  # somebody else starts one at this very moment: wait for his
-        said = log.read_text(errors="replace").strip().splitlines()
+            time.sleep(0.01)  # somebody else starts one at this very moment: wait for his
+            continue
+        lines = os.pread(said, 1 << 16, 0).decode(errors="replace").strip().splitlines()
         raise ConfigError(
-            said[-1].removeprefix("gpu_assigner: ") if said else f"the broker ended with status {process.returncode}",
-            process.returncode or EX_TEMPFAIL,
+            lines[-1].removeprefix("gpu_assigner: ") if lines else f"the broker ended with status {process.returncode}",
+            process.returncode if process.returncode > 0 else EX_TEMPFAIL,
         )
     process.kill()
-    raise ConfigError(f"the broker does not answer after {PATIENCE:.0f} s; see {log}", EX_TEMPFAIL)
+    raise ConfigError(f"the broker at {path} does not answer after {PATIENCE:.0f} s; try again", EX_TEMPFAIL)
 
 
-def _serve(path: Path, pool: pools.Pool, options: argparse.Namespace) -> int:
-    """Be the broker until told to stop."""
-    from acb.broker.server import Server
-
+def _serve(path: Path, options: argparse.Namespace) -> int:
+    """Be the broker until told to stop. Nothing is left behind then, nor when it cannot be done."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever starts us may have blocked those that are to end us
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, _end)
     lock = _lock()
     journal = Journal(_beside("journal"))
-    journal.read()
-    leavings = (pid_path(), env_path(), _beside("log"), _beside("lock"))
+    found = journal.path.exists()
+    pool = None
+    server = None
     try:
-        journal.begin(_options(options))
-        server = Server(path, pool.gpus, journal, pool.cards, options.scheduler, options.quantum, pool.description)
-        env_path().write_text("".join(f"{name}={value}\n" for name, value in pool.environment.items()))
-        Path("/proc/self/comm").write_text("gpu_assigner")
-        pid_path().write_text(f"{os.getpid()}\n")
-    except OSError as error:
-        for leaving in (path, journal.path, *leavings):
-            leaving.unlink(missing_ok=True)
-        raise ConfigError(
-            f"cannot write in the runtime directory {path.parent}: {error.strerror or error}; "
-            f"make room, or set ACB_RUNTIME_DIR to another directory",
-            EX_CANTCREAT,
-        ) from None
-    try:
+        journal.read()
+        pool = _pool(options)
+        try:
+            server = _set_up(path, pool, journal, options)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write in the runtime directory {path.parent}: {error.strerror or error}; "
+                f"make room, or set ACB_RUNTIME_DIR to another directory",
+                EX_CANTCREAT,
+            ) from None
         server.serve()
     finally:
+        leavings = [path, pid_path(), env_path(), _beside("log"), _beside("lock")]
+        if server is None and not found:  # else the clients of a broker that died still are in it
+            leavings.append(journal.path)
         for leaving in leavings:
-            leaving.unlink(missing_ok=True)
-        pool.close()
+            with contextlib.suppress(OSError):
+                leaving.unlink()
+        if pool is not None:
+            pool.close()
         os.close(lock)
     return 0
+
+
+def _set_up(path: Path, pool: pools.Pool, journal: Journal, options: argparse.Namespace) -> Server:
+    """Everything in place, so that whoever sees the socket, or the process id after it, may rely on the rest."""
+    from acb.broker.server import Server
+
+    journal.begin(_options(options))
+    with open(os.devnull if options.log is None else options.log, "wb") as log:
+        env_path().write_text("".join(f"{name}={value}\n" for name, value in pool.environment.items()))
+        with contextlib.suppress(OSError):
+            Path("/proc/self/comm").write_text("gpu_assigner")
+        server = Server(path, pool.gpus, journal, pool.cards, options.scheduler, options.quantum, pool.description)
+        pid_path().write_text(f"{os.getpid()}\n")
+        if options.log is not None:
+            os.dup2(log.fileno(), 2)
+    _raise_limit()
+    return server
+
+
+def _raise_limit() -> None:
+    """One file descriptor a client: let there be as many as this user may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    """A signal to end, before the broker serves: it ends as if it had."""
+    raise SystemExit(0)
 
 
 def _lock() -> int:

@@ -35,7 +35,7 @@ def _show(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)  # names are the programs' own
     console.print(
         f"gpu_assigner {report['version']}, process {report['pid']}, up {_duration(report['uptime_s'])}, "
         f"scheduler {report['scheduler']}, {report['devices']}",

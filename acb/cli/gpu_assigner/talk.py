@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,44 +19,50 @@ def status(path: Path) -> dict[str, Any] | None:
 
     Raises ConfigError when it does not answer in time, or in a way that cannot be understood.
     """
-    report: dict[str, Any] = {"clients": []}
-    for answer in _ask(path, AskStatus()):
+    report: dict[str, Any] = {}
+    clients: list[dict[str, Any]] = []
+    while True:
+        answer = _ask(path, AskStatus(after=clients[-1]["id"] if clients else 0))
+        if answer is None:
+            return None
         if not isinstance(answer, Status):
             raise ConfigError(
                 f"the process at {path} is no GPU broker of this version: it answers {answer.type}", EX_TEMPFAIL
             )
-        report = {**report, **answer.report, "clients": report["clients"] + answer.clients}
-        if not answer.more:
-            return report
-    return None
+        report |= answer.report
+        clients += answer.clients
+        if not (answer.more and answer.clients):
+            return {**report, "clients": clients}
 
 
 def stop(path: Path) -> int | None:
     """Tell the broker at this socket to end; its process id, or None when there is no broker."""
-    for answer in _ask(path, AskStop()):
-        if isinstance(answer, Goodbye):
-            return answer.pid
-    return None
+    answer = _ask(path, AskStop())
+    return answer.pid if isinstance(answer, Goodbye) else None
 
 
-def _ask(path: Path, question: Message) -> list[Message]:
-    """The answers up to the last one."""
-    answers: list[Message] = []
+def _ask(path: Path, question: Message) -> Message | None:
+    """The answer; None when there is nobody to answer."""
+    deadline = time.monotonic() + PATIENCE
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.settimeout(PATIENCE)
         try:
-            connection.connect(str(path))
-            connection.send(encode(question))
-            while packet := connection.recv(MAX_PACKET):
-                answers.append(decode(packet))
-                if not getattr(answers[-1], "more", False):
+            while True:
+                try:
+                    connection.connect(str(path))
                     break
+                except BlockingIOError:  # so many others want to connect that they do not even fit the queue
+                    if time.monotonic() > deadline:
+                        raise TimeoutError from None
+                    time.sleep(0.01)
+            connection.send(encode(question))
+            packet = connection.recv(MAX_PACKET)
+            return decode(packet) if packet else None
         except TimeoutError:
             raise ConfigError(
                 f"the GPU broker at {path} does not answer; end it with: pkill -9 gpu_assigner", EX_TEMPFAIL
             ) from None
         except (FileNotFoundError, ConnectionError):
-            return answers
+            return None
         except (OSError, ProtocolError) as error:
             raise ConfigError(f"cannot talk to the GPU broker at {path}: {error}", EX_TEMPFAIL) from None
-    return answers
