@@ -1,14 +1,17 @@
 """How long after one program's release does the next one run? Against a bare Unix-socket round trip, in one run.
 
 Two processes pass the only (simulated) GPU to and fro through a real broker, each with ``with acb.gpu():``. A hand-over
-is the time from just before the holder leaves its phase to just after the waiting process has entered its own; it
-crosses three processes: holder, broker, waiter. Nothing lies on the GPU, so no memory is moved: this is the price of
-the decision and of telling everybody, which a swap would come on top of.
+is the time from just before the holder leaves its phase, with the other process waiting at its gate, to just after that
+one has entered its own; it crosses three processes: holder, broker, waiter. Nothing lies on the GPU, so no memory is
+moved: this is the price of the decision and of telling everybody, which a swap would come on top of.
 
 The floor is what the kernel asks for one message there and one back between the same two processes, over a socket of
-the same kind (SOCK_SEQPACKET), packets of the size of acb's. Every hand-over is followed by one round trip under the
-same conditions: the initiator has just been running, the other side has been asleep for a while. (Sent back to back,
-round trips are faster, since nobody has fallen asleep yet; they are reported too, as `roundtrip_hot_us`.)
+the same kind (SOCK_SEQPACKET), with packets of the size of acb's. The two are measured in turn. Each process keeps to a
+core of its own, as two programs at work do. (Left alone, a scheduler soon puts two processes that only talk on one
+core, where a round trip is but two switches: `roundtrip_one_core_us`. A hand-over takes the same either way.)
+
+In life phases last long, and what is not used is gone from the processor's caches and asleep: then either takes a
+multiple. Some rounds more show it, in which everybody rests before each measurement (`rested`).
 
 Clock: time.monotonic(), which on Linux is common to all processes.
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -30,11 +34,11 @@ from benchmarks import report
 TARGET = 3.0
 """The median hand-over, in round trips."""
 
-REST = 0.0005
-"""Seconds that everybody rests before each measurement: in life a holder has not been asked a moment ago, either."""
+REST = 0.01
+"""Seconds that everybody rests before each measurement, in the rounds that show what that does."""
 
-BUSY = 0.0002
-"""Seconds that whoever begins a measurement has been computing just before."""
+RESTED_SHARE = 5
+"""One such round for so many others."""
 
 PACKET = b"x" * 64
 """About as long as acb's messages."""
@@ -44,9 +48,6 @@ WARM_UP = 20
 
 PEER = "import sys; from benchmarks.handover import peer; peer(*map(int, sys.argv[1:]))"
 
-HOT_ROUND_TRIPS = 5
-"""Back to back in each round, after the one that counts."""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it, print the table."""
@@ -55,16 +56,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=_positive, default=500, metavar="N", help="hand-overs (default: %(default)s)")
     options = parser.parse_args(arguments)
     figures = measure(options.rounds)
-    hand, trip, hot = figures["handover_us"], figures["roundtrip_us"], figures["roundtrip_hot_us"]
+    rested = figures["rested"]
     rows = [
-        report.Row("hand-over, release to grant (median)", f"{hand:.0f} µs", remark=_spread(figures, "handover")),
-        report.Row("bare socket round trip (median)", f"{trip:.0f} µs", remark=_spread(figures, "roundtrip")),
-        report.Row("the same, back to back (median)", f"{hot:.0f} µs", remark=_spread(figures, "roundtrip_hot")),
+        _row("hand-over, release to grant (median)", figures, "handover"),
+        _row("bare socket round trip (median)", figures, "roundtrip"),
         report.Row(
             "hand-over in round trips", f"{figures['ratio']:.2f}", f"at most {TARGET:.0f}", figures["ratio"] <= TARGET
         ),
-        report.Row("hand-over in back-to-back round trips", f"{figures['ratio_hot']:.2f}"),
-    ]  # fmt: skip
+        report.Row("the same of the minima", f"{figures['ratio_of_minima']:.2f}"),
+        _row("bare socket round trip on one core", figures, "roundtrip_one_core"),
+        _row(f"hand-over after {REST * 1000:.0f} ms of rest", rested, "handover"),
+        _row("bare socket round trip after the same", rested, "roundtrip"),
+        report.Row("hand-over in round trips after rest", f"{rested['ratio']:.2f}"),
+    ]
     report.publish(
         f"Hand-over of a simulated GPU between two processes, {options.rounds} rounds", rows, figures, options.json
     )
@@ -95,23 +99,32 @@ def measure(rounds: int) -> dict[str, Any]:
                 process.wait()
     if any(process.returncode for process in peers):
         raise SystemExit("a process of the benchmark failed; see above")
-    released, granted = (told[0][key] | told[1][key] for key in ("released", "granted"))
-    handovers = [(granted[n] - released[n]) / 1000 for n in released if int(n) >= WARM_UP]
-    cold = [us for peer_ in told for us in peer_["cold"]]
-    hot = [us for peer_ in told for us in peer_["hot"]]
-    hand, trip, quick = (report.percentiles(samples) for samples in (handovers, cold, hot))
+    released, granted, trips, together = (
+        told[0][key] | told[1][key] for key in ("released", "granted", "trips", "together")
+    )
+    turns = sorted(released, key=int)[WARM_UP:]
+    handovers = [(granted[n] - released[n]) / 1000 for n in turns]
+    trips = [trips[n] for n in turns]
+    one_core = report.percentiles([together[n] for n in turns[:rounds]])
+    return {
+        **_compare(handovers[:rounds], trips[:rounds]),
+        "roundtrip_one_core_us": one_core["p50"],
+        "roundtrip_one_core_percentiles_us": one_core,
+        "rounds": rounds,
+        "rested": {**_compare(handovers[rounds:], trips[rounds:]), "rounds": len(turns) - rounds, "rest_s": REST},
+        "simulated": True,
+    }
+
+
+def _compare(handovers: list[float], trips: list[float]) -> dict[str, Any]:
+    hand, trip = report.percentiles(handovers), report.percentiles(trips)
     return {
         "handover_us": hand["p50"],
         "roundtrip_us": trip["p50"],
         "ratio": hand["p50"] / trip["p50"],
-        "roundtrip_hot_us": quick["p50"],
-        "ratio_hot": hand["p50"] / quick["p50"],
         "ratio_of_minima": hand["min"] / trip["min"],
         "handover_percentiles_us": hand,
         "roundtrip_percentiles_us": trip,
-        "roundtrip_hot_percentiles_us": quick,
-        "rounds": len(handovers),
-        "simulated": True,
     }
 
 
@@ -144,10 +157,16 @@ def peer(descriptor: int, number: int, rounds: int) -> None:
     runtime.client().gate.add_listener(revoked)
     released: dict[int, int] = {}
     granted: dict[int, int] = {}
-    cold: list[float] = []
-    hot: list[float] = []
+    trips: dict[int, float] = {}
+    together: dict[int, float] = {}
+    available = sorted(os.sched_getaffinity(0))
+    cores = (available[0], available[-1])
+    os.sched_setaffinity(0, {cores[number]})
     phase = acb.gpu()
-    for turn in range(rounds + WARM_UP):
+    hot = WARM_UP + rounds
+    total = hot + -(-rounds // RESTED_SHARE)
+    for turn in range(total):
+        rest = 0.0 if turn < hot else REST
         if turn % 2 == number:  # this process is to hold it first
             if turn == 0:
                 phase.__enter__()
@@ -155,7 +174,7 @@ def peer(descriptor: int, number: int, rounds: int) -> None:
             link.send(b"wait at the gate")
             if not revoked.heard.wait(20):
                 raise SystemExit("the broker has not revoked the lease within 20 s")
-            _settle()
+            time.sleep(rest)
             released[turn] = time.monotonic_ns()
             phase.__exit__(None, None, None)
             while link.recv(256) == PACKET:
@@ -165,21 +184,15 @@ def peer(descriptor: int, number: int, rounds: int) -> None:
                 raise SystemExit("the other process is gone")
             phase.__enter__()
             granted[turn] = time.monotonic_ns()
-            _settle()
-            cold.append(_round_trip(link))
-            hot += [_round_trip(link) for _ in range(HOT_ROUND_TRIPS)]
+            time.sleep(rest)
+            trips[turn] = _round_trip(link)
+            os.sched_setaffinity(0, {cores[turn % 2]})
+            together[turn] = _round_trip(link)
+            os.sched_setaffinity(0, {cores[number]})
             link.send(b"on")
-    if (rounds + WARM_UP) % 2 == number:
+    if total % 2 == number:
         phase.__exit__(None, None, None)
-    json.dump({"released": released, "granted": granted, "cold": cold[WARM_UP // 2 :], "hot": hot}, sys.stdout)
-
-
-def _settle() -> None:
-    """Let everybody fall asleep, then be busy for a moment."""
-    time.sleep(REST)
-    end = time.monotonic() + BUSY
-    while time.monotonic() < end:
-        pass
+    json.dump({"released": released, "granted": granted, "trips": trips, "together": together}, sys.stdout)
 
 
 def _round_trip(link: socket.socket) -> float:
@@ -197,9 +210,10 @@ def _positive(text: str) -> int:
     return number
 
 
-def _spread(figures: dict[str, Any], name: str) -> str:
+def _row(question: str, figures: dict[str, Any], name: str) -> report.Row:
     p = figures[f"{name}_percentiles_us"]
-    return f"min {p['min']:.0f}, 90 % under {p['p90']:.0f}, 99 % under {p['p99']:.0f}"
+    spread = f"min {p['min']:.0f}, 90 % under {p['p90']:.0f}, 99 % under {p['p99']:.0f}"
+    return report.Row(question, f"{p['p50']:.0f} µs", remark=spread)
 
 
 if __name__ == "__main__":
