@@ -9,6 +9,6 @@ from acb.cli import command
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``acb``."""
-    from acb.cli.acb import demo
+    import acb.cli.acb.demo as demo
 
     return command.run("acb", __doc__ or "", (demo,), arguments)

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from acb.broker.journal import Journal
 from acb.broker.policies import POLICIES
@@ -130,25 +130,27 @@ def _spawn(path: Path, options: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "acb.cli.gpu_assigner", "start", "--foreground", "--log", str(log)]
     for name, value in _options(options).items():
         command += [f"--{name.replace('_', '-')}", value] if value else []
-    said = os.memfd_create("gpu_assigner")  # what it says before it runs; a full disk may be what it has to say
+    said, saying = os.pipe()  # what it says before it runs; not a file, since a full disk may be what it has to say
     try:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=said,
+            stderr=saying,
             start_new_session=True,
             cwd="/",
             env={**os.environ, "ACB_RUNTIME_DIR": str(path.parent), "PYTHONPATH": _search_path()},
         )
-        return _wait_for_start(path, process, said)
     except OSError as error:
+        os.close(said)
         raise ConfigError(f"cannot start the broker: {error}", EX_CANTCREAT) from None
     finally:
-        os.close(said)
+        os.close(saying)
+    with open(said, errors="replace") as stream:
+        return _wait_for_start(path, process, stream)
 
 
-def _wait_for_start(path: Path, process: subprocess.Popen[bytes], said: int) -> int:
+def _wait_for_start(path: Path, process: subprocess.Popen[bytes], said: TextIO) -> int:
     """Return 0 when a broker answers. Raises ConfigError when the process ends before that, with what it `said`."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
@@ -163,7 +165,7 @@ def _wait_for_start(path: Path, process: subprocess.Popen[bytes], said: int) -> 
         if process.returncode == EX_TEMPFAIL:
             time.sleep(0.01)  # somebody else starts one at this very moment: wait for his
             continue
-        lines = os.pread(said, 1 << 16, 0).decode(errors="replace").strip().splitlines()
+        lines = said.read().strip().splitlines()
         raise ConfigError(
             lines[-1].removeprefix("gpu_assigner: ") if lines else f"the broker ended with status {process.returncode}",
             process.returncode if process.returncode > 0 else EX_TEMPFAIL,

@@ -26,6 +26,10 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
 """One CPU thread a program, in every scene: otherwise programs would fight for cores, alone or not."""
 
 
+OPTIONS = {"fold.py": ("--layers", "4"), "fold_jax.py": ("--layers", "6")}
+"""Models of about 300 MiB: moving a larger one in and out of a simulated GPU is work for the CPU that real ones spare."""
+
+
 class Stage:
     """Where the demo plays: a runtime directory of its own, so that no other broker is touched. A context manager."""
 
@@ -84,7 +88,7 @@ class Program:
         import acb
 
         path = Path(acb.__path__[0]) / "workloads" / script
-        target = [sys.executable, str(path), "--out", str(out), "--device", "cuda"]
+        target = [sys.executable, str(path), *OPTIONS[script], "--out", str(out), "--device", "cuda"]
         command = [*launch, *options, "--name", name, "--", *target]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
