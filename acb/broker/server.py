@@ -139,6 +139,7 @@ class Server:
         return listener
 
     def _close(self) -> None:
+        self._accept()  # who is just coming is to hear it too, or would start another broker
         for connection in list(self._connections.values()):
             connection.send(Goodbye(os.getpid()))
             connection.socket.close()

@@ -1,0 +1,261 @@
+"""A program that uses acb by hand, one command a line from stdin, with memory of its own on a simulated card.
+
+Every command is answered by one JSON line on stdout, every step of its evacuator that the test has asked to hold is
+announced by one. Commands run in order on the main thread, but for those that begin with ``!``, which run at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+import traceback
+from typing import Any
+
+import acb
+from acb.client import runtime
+from acb.client.evacuation import EvacuationError
+from acb.devices.simulated import Card, CardOutOfMemory
+
+printing = threading.Lock()
+
+
+def say(**what: Any) -> None:
+    with printing:
+        sys.stdout.write(json.dumps(what) + "\n")
+        sys.stdout.flush()
+
+
+class Memory:
+    """Blocks of bytes on the card, and the evacuator that moves them."""
+
+    name = "leaser"
+
+    def __init__(self) -> None:
+        simulated = runtime.client().simulated
+        assert simulated is not None
+        self.card = Card.open(simulated)
+        self.on_card: dict[str, bytes] = {}
+        self.on_host: dict[str, bytes] = {}
+        self.holds: set[str] = set()
+        self.failures: dict[str, list[str]] = {}
+        self.go_on = threading.Event()
+
+    def step(self, name: str) -> None:
+        """Stop here if the test has asked for it, and fail if it has asked for that."""
+        if name in self.holds:
+            say(step=name)
+            assert self.go_on.wait(30)
+            self.go_on.clear()
+        how = self.failures.get(name)
+        if how:
+            kind = how.pop(0)
+            if kind == "refuse":
+                raise EvacuationError("cannot be moved today")
+            if kind == "memory":
+                raise MemoryError("no room on the GPU")
+            if kind == "bug":
+                raise ZeroDivisionError("a bug in a hook")
+
+    def add(self, key: str, nbytes: int) -> None:
+        """As a framework's allocation: short of memory, it asks the broker for room and tries again."""
+        with self.card.operation("allocate"):
+            pass
+        while True:
+            try:
+                self.card.allocate(nbytes)
+            except CardOutOfMemory:
+                if not runtime.client().more_room(nbytes):
+                    raise
+            else:
+                break
+        self.on_card[key] = key.encode() * 3 + bytes([nbytes % 251])
+
+    def synchronize(self) -> None:
+        self.step("synchronize")
+
+    def resident(self) -> int:
+        self.step("resident")
+        return self.card.held()
+
+    def peak(self) -> int:
+        return self.card.peak()
+
+    def reset_peak(self) -> None:
+        self.card.reset_peak()
+
+    def evacuate(self) -> int:
+        self.step("evacuate")
+        moved = self.card.held()
+        self.on_host = {**self.on_host, **self.on_card}
+        self.on_card = {}
+        self.moved = getattr(self, "moved", 0) + moved
+        self.card.free(moved)
+        return moved
+
+    def restore(self) -> int:
+        self.step("restore")
+        moved = getattr(self, "moved", 0)
+        try:
+            self.card.allocate(moved)
+        except CardOutOfMemory as error:
+            raise MemoryError(str(error)) from None
+        self.on_card = {**self.on_card, **self.on_host}
+        self.on_host = {}
+        self.moved = 0
+        return moved
+
+
+memory: Memory | None = None
+phases: list[acb.gpu] = []
+
+
+def mine() -> Memory:
+    global memory
+    if memory is None:
+        memory = Memory()
+        runtime.client().add_evacuator(memory)
+        runtime.after_fork(forget)
+    return memory
+
+
+def forget() -> None:
+    global memory
+    memory = None
+    phases.clear()
+
+
+def enter(size: int | str | None = None) -> None:
+    mine()
+    phase = acb.gpu(size)
+    phase.__enter__()
+    phases.append(phase)
+
+
+def leave() -> None:
+    phases.pop().__exit__(None, None, None)
+
+
+def add(key: str, nbytes: int) -> None:
+    mine().add(key, nbytes)
+
+
+def operate(count: int = 1) -> None:
+    """Operations on the card; every block must be there, unchanged."""
+    m = mine()
+    for _ in range(count):
+        with m.card.operation("operate"):
+            assert not m.on_host, "memory is not on the card"
+            for key, content in m.on_card.items():
+                assert content[:-1] == key.encode() * 3, "memory was changed"
+
+
+def region(count: int = 1) -> None:
+    """Whole regions as a hook makes them, with operations inside."""
+    mine()
+    gate = runtime.client().gate
+    for _ in range(count):
+        gate.enter()
+        try:
+            operate()
+        finally:
+            gate.exit()
+
+
+def background(count: int) -> None:
+    """Regions on another thread."""
+    thread = threading.Thread(target=region, args=(count,))
+    thread.start()
+    thread.join()
+
+
+def take_turns(rounds: int, nbytes: int) -> None:
+    """A small program: load, then phases of work with CPU work in between."""
+    with acb.gpu():
+        add("model", nbytes)
+        operate(3)
+    for _ in range(rounds):
+        sum(range(2000))
+        with acb.gpu():
+            operate(5)
+
+
+def fork_and(*then: str) -> int:
+    """Fork; the child runs one command more and exits with 0 if that went well."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    status = 1
+    try:
+        globals()[then[0]](*then[1:])
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def nothing() -> None:
+    pass
+
+
+def held() -> int:
+    return mine().card.held()
+
+
+def violations() -> int:
+    return len(mine().card.violations())
+
+
+def facts() -> dict[str, Any]:
+    client = runtime.client()
+    return {
+        "gpu": client.gpu,
+        "lease": client.agent.lease,
+        "closed": client.gate.closed,
+        "threads": [thread.name for thread in threading.enumerate()],
+    }
+
+
+def hold(*steps: str) -> None:
+    mine().holds = set(steps)
+
+
+def release() -> None:
+    mine().go_on.set()
+
+
+def fail(step: str, *kinds: str) -> None:
+    mine().failures[step] = list(kinds)
+
+
+def main() -> None:
+    commands: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
+
+    def run(name: str, arguments: list[Any]) -> None:
+        try:
+            say(done=name, result=globals()[name](*arguments))
+        except Exception as error:
+            say(failed=name, kind=type(error).__name__, message=str(error))
+
+    def read() -> None:
+        for line in sys.stdin:
+            name, *arguments = json.loads(line)
+            if name.startswith("!"):
+                run(name[1:], arguments)
+            else:
+                commands.put([name, *arguments])
+        commands.put(["stop"])
+
+    runtime.client()
+    mine()
+    threading.Thread(target=read, daemon=True).start()
+    say(ready=os.getpid())
+    while (command := commands.get())[0] != "stop":
+        run(command[0], command[1:])
+
+
+if __name__ == "__main__":
+    main()

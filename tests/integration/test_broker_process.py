@@ -1,0 +1,375 @@
+"""The broker as a process: start, status, stop, its name, its signals, what it leaves, and what it cannot do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from broker_harness import MIB, FakeBroker, Site, wait_until
+
+from acb.broker.journal import start_time
+from acb.protocol import Goodbye, Welcome
+
+NOBODY = 65534
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+
+
+def one_line(text: str) -> str:
+    assert text.count("\n") == 1, text
+    assert text.startswith("gpu_assigner: "), text
+    return text
+
+
+def fill(path: Path) -> None:
+    """Make a file as large as the disk allows."""
+    with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+# --- life -------------------------------------------------------------------------------------------------------------
+
+
+def test_start_status_stop_and_nothing_is_left(site: Site) -> None:
+    started = site.gpu_assigner("start", "--simulate-gpus", "2x32MiB")
+    assert (started.returncode, started.stdout) == (0, "")
+    assert "2 simulated GPUs of 32MiB" in one_line(started.stderr)
+    assert stat.S_IMODE(site.socket.stat().st_mode) == 0o600
+
+    again = site.gpu_assigner("start")
+    assert (again.returncode, again.stdout) == (0, "")
+    assert "already running" in one_line(again.stderr)
+
+    shown = site.gpu_assigner("status")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "No program is connected" in shown.stdout
+    report = json.loads(site.gpu_assigner("status", "--json").stdout)
+    assert [gpu["capacity"] for gpu in report["gpus"]] == [32 * MIB, 32 * MIB]
+    assert report["clients"] == []
+    pid = report["pid"]
+    assert str(pid) in again.stderr
+    assert Path(f"/proc/{pid}/comm").read_text() == "gpu_assigner\n"
+
+    stopped = site.gpu_assigner("stop")
+    assert (stopped.returncode, stopped.stdout) == (0, "")
+    assert str(pid) in one_line(stopped.stderr)
+    assert start_time(pid) is None
+    assert os.listdir(site.directory) == []
+
+    for command in ("status", "stop"):
+        missing = site.gpu_assigner(command)
+        assert missing.returncode == 69
+        assert "no GPU broker runs" in one_line(missing.stderr)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_end_it_cleanly(site: Site, number: int) -> None:
+    site.start()
+    with site.connect() as peer:
+        site.kill_broker(number)
+        assert isinstance(peer.receive(), Goodbye)
+    assert site.brokers[-1].returncode == 0
+    assert os.listdir(site.directory) == []
+    assert site.broker_log() == ""
+
+
+def test_blocked_signals_of_whoever_starts_it_are_not_inherited(site: Site) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        site.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    site.kill_broker(signal.SIGTERM)
+    assert site.brokers[-1].returncode == 0
+
+
+def test_several_starts_at_once_make_one_broker(site: Site) -> None:
+    starts = [
+        subprocess.Popen(
+            [sys.executable, "-m", "acb.cli.gpu_assigner", "start", "--simulate-gpus", "1x32MiB"],
+            env=site.environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    said = [process.communicate(timeout=60)[1] for process in starts]
+    assert [process.returncode for process in starts] == [0, 0, 0], said
+    report = site.report()
+    assert report is not None
+    assert all(f"process {report['pid']}" in line for line in said)
+    assert site.gpu_assigner("stop").returncode == 0
+    assert os.listdir(site.directory) == []
+
+
+def test_what_a_killed_broker_leaves_hinders_nobody(site: Site) -> None:
+    site.start()
+    site.kill_broker()
+    assert site.socket.exists()
+    assert site.gpu_assigner("status").returncode == 69
+    site.start()
+    site.kill_broker(signal.SIGTERM)
+    assert os.listdir(site.directory) == []
+
+
+def test_recover_takes_the_options_of_the_broker_that_died(site: Site) -> None:
+    site.start("2x48MiB", "--quantum", "0.25")
+    site.kill_broker()
+    assert site.gpu_assigner("start", "--recover").returncode == 0
+    report = site.report()
+    assert report is not None
+    assert [gpu["capacity"] for gpu in report["gpus"]] == [48 * MIB] * 2
+    journal = json.loads((site.directory / "broker.journal").read_text())
+    assert journal["options"]["quantum"] == "0.25"
+
+
+def test_a_journal_that_cannot_be_used_is_as_good_as_none(site: Site) -> None:
+    for text in ("", "{", "[]", '{"options": {"simulate_gpus": "many"}, "clients": {}}', "[" * 100_000):
+        (site.directory / "broker.journal").write_text(text)
+        site.start()
+        site.kill_broker(signal.SIGTERM)
+    assert site.gpu_assigner("start", "--recover", CUDA_VISIBLE_DEVICES="").returncode == 69
+    assert os.listdir(site.directory) == []
+
+
+def test_jobs_have_brokers_of_their_own(site: Site) -> None:
+    jobs: list[dict[str, str | None]] = [{"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "8"}, {"PJM_JOBID": "123[4]"}]
+    for job in jobs:
+        assert site.gpu_assigner("start", "--simulate-gpus", "1x32MiB", **job).returncode == 0
+    reports = [json.loads(site.gpu_assigner("status", "--json", **job).stdout) for job in jobs]
+    assert len({report["pid"] for report in reports}) == 3
+    assert [Path(report["socket"]).name for report in reports] == [
+        "broker-7.sock",
+        "broker-8.sock",
+        "broker-123_4_.sock",
+    ]
+    assert len(list(site.directory.glob("simulated-*"))) == 3  # as two jobs never share a GPU
+    for job in jobs:
+        assert site.gpu_assigner("stop", **job).returncode == 0
+    assert os.listdir(site.directory) == []
+
+
+def test_stop_waits_for_the_end_and_gives_up_on_a_hanging_broker(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    from acb.cli import gpu_assigner
+    from acb.cli.gpu_assigner import talk
+
+    monkeypatch.setattr(talk, "PATIENCE", 0.05)
+    monkeypatch.setenv("ACB_RUNTIME_DIR", str(site.directory))
+    site.start()
+    site.brokers[-1].send_signal(signal.SIGSTOP)
+    wait_until("it to stop", lambda: "T (stopped)" in Path(f"/proc/{site.brokers[-1].pid}/status").read_text())
+    try:
+        assert gpu_assigner.main(["stop"]) == 75
+        assert gpu_assigner.main(["status"]) == 75
+        assert gpu_assigner.main(["start"]) == 75
+    finally:
+        site.brokers[-1].send_signal(signal.SIGCONT)
+
+
+def test_whoever_answers_in_another_way_is_no_broker(site: Site) -> None:
+    broker = FakeBroker(site.socket)
+    try:
+        asking = subprocess.Popen(
+            [sys.executable, "-m", "acb.cli.gpu_assigner", "status"],
+            env=site.environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        broker.accept()
+        broker.receive()
+        broker.send(Welcome(1, 1))
+        _, errors = asking.communicate(timeout=60)
+    finally:
+        broker.close()
+    assert asking.returncode == 75
+    assert "no GPU broker of this version" in one_line(errors)
+
+
+# --- wrong options ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [
+        (["--simulate-gpus", "1x32MiB", "--gpu-list", "1"], 65, "no GPU '1'"),
+        (["--simulate-gpus", "2x32MiB", "--gpu-list", "0,GPU-17"], 65, "no GPU 'GPU-17'"),
+        (["--gpu-list", "0,0"], 2, "each once"),
+        (["--gpu-list", "0,,1"], 2, "each once"),
+        (["--gpu-list", ""], 2, "each once"),
+        (["--simulate-gpus", "1x0GiB"], 2, "impossible"),
+        (["--simulate-gpus", "1x9999999999TiB"], 2, "impossible"),
+        (["--simulate-gpus", "0x1GiB"], 2, "a count (1 to 64)"),
+        (["--simulate-gpus", "1GiB"], 2, "such as 1x2GiB"),
+        (["--simulate-gpus", "1x1GiB,speed=2"], 2, "at most 1"),
+        (["--simulate-gpus", "1x1GiB,colour=red"], 2, "colour"),
+        (["--quantum", "-1"], 2, "not a time"),
+        (["--quantum", "nan"], 2, "not a time"),
+        (["--scheduler", "lottery"], 2, "lottery"),
+        ([], 69, "--simulate-gpus"),
+    ],
+)
+def test_wrong_options_are_named_and_leave_nothing(site: Site, options: list[str], status: int, words: str) -> None:
+    result = site.gpu_assigner("start", *options, CUDA_VISIBLE_DEVICES="")
+    assert (result.returncode, result.stdout) == (status, "")
+    line = result.stderr.splitlines()[-1]  # argparse puts the usage before
+    assert words in line
+    assert "Traceback" not in result.stderr
+    if status != 2:
+        one_line(result.stderr)
+    assert os.listdir(site.directory) == []
+
+
+# --- runtime directories that cannot be used --------------------------------------------------------------------------
+
+
+def test_a_directory_open_to_others_is_refused(site: Site) -> None:
+    site.directory.chmod(0o750)
+    for command in (["start", "--simulate-gpus", "1x32MiB"], ["status"], ["stop"]):
+        result = site.gpu_assigner(*command)
+        assert result.returncode == 73
+        assert "open to others (mode 0750)" in one_line(result.stderr)
+    assert os.listdir(site.directory) == []
+
+
+@as_root
+def test_a_directory_of_another_user_is_refused(site: Site) -> None:
+    os.chown(site.directory, NOBODY, -1)
+    result = site.gpu_assigner("start", "--simulate-gpus", "1x32MiB")
+    assert result.returncode == 73
+    assert f"belongs to user id {NOBODY}" in one_line(result.stderr)
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link", "a dangling link", "under a file"])
+def test_a_directory_that_is_none_is_refused(site: Site, kind: str) -> None:
+    path = site.directory / "rt"
+    {
+        "a file": lambda: path.write_text(""),
+        "a link": lambda: path.symlink_to(tempfile.gettempdir()),
+        "a dangling link": lambda: path.symlink_to("nowhere"),
+        "under a file": lambda: path.write_text(""),
+    }[kind]()
+    chosen = path / "deeper" if kind == "under a file" else path
+    result = site.gpu_assigner("start", "--simulate-gpus", "1x32MiB", ACB_RUNTIME_DIR=str(chosen))
+    assert result.returncode == 73
+    assert str(path) in one_line(result.stderr)
+
+
+def test_a_directory_is_made_when_there_is_none(site: Site) -> None:
+    path = site.directory / "a" / "b"
+    assert site.gpu_assigner("start", "--simulate-gpus", "1x32MiB", ACB_RUNTIME_DIR=str(path)).returncode == 0
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    assert site.gpu_assigner("stop", ACB_RUNTIME_DIR=str(path)).returncode == 0
+
+
+def test_a_path_too_long_for_a_socket_is_refused(site: Site) -> None:
+    path = site.directory / ("x" * 100)
+    result = site.gpu_assigner("start", "--simulate-gpus", "1x32MiB", ACB_RUNTIME_DIR=str(path))
+    assert result.returncode == 2
+    assert "longer than 107 bytes" in one_line(result.stderr)
+
+
+def test_a_directory_that_this_user_may_not_write_is_refused(site: Site) -> None:
+    """In a fork of this process: root ignores modes, and who is no root may not be able to run this Python."""
+    from acb.broker import server  # noqa: F401 - all that it takes must be there before the user changes
+    from acb.cli import gpu_assigner
+    from acb.cli.gpu_assigner import start, status, stop  # noqa: F401
+    from acb.devices import simulated  # noqa: F401
+
+    if os.getuid() == 0:
+        os.chown(site.directory, NOBODY, NOBODY)
+    site.directory.chmod(0o500)
+    reading, writing = os.pipe()
+    if not (pid := os.fork()):
+        try:
+            os.dup2(writing, 2)
+            os.environ["ACB_RUNTIME_DIR"] = str(site.directory)
+            if os.getuid() == 0:
+                os.setgroups([])
+                os.setgid(NOBODY)
+                os.setuid(NOBODY)
+            sys.stderr = os.fdopen(2, "w", buffering=1)
+            os._exit(gpu_assigner.main(["start", "--foreground", "--simulate-gpus", "1x32MiB"]))
+        finally:
+            os._exit(99)
+    os.close(writing)
+    with open(reading) as stream:
+        said = stream.read()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 73, said
+    assert str(site.directory) in one_line(said)
+    site.directory.chmod(0o700)
+    assert os.listdir(site.directory) == []
+
+
+@pytest.fixture
+def small_disk(site: Site) -> Iterator[Path]:
+    """A file system of 256 KiB: enough for a broker's files and a simulated GPU, unless it is filled."""
+    path = site.directory / "disk"
+    path.mkdir(mode=0o700)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k,mode=0700", "acb-test", path], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", path], check=True)
+
+
+def test_a_read_only_file_system_is_refused(site: Site, small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    result = site.gpu_assigner("start", "--simulate-gpus", "1x32MiB", ACB_RUNTIME_DIR=str(small_disk))
+    assert result.returncode == 73
+    assert "Read-only" in one_line(result.stderr)
+    assert os.listdir(small_disk) == []
+
+
+@pytest.mark.parametrize("room", [0, 4096, 8192])
+@pytest.mark.parametrize("foreground", [[], ["--foreground"]], ids=["background", "foreground"])
+def test_a_full_disk_is_named_and_nothing_is_left(
+    site: Site, small_disk: Path, room: int, foreground: list[str]
+) -> None:
+    filling = small_disk / "filling"
+    fill(filling)
+    os.truncate(filling, filling.stat().st_size - room)
+    result = site.gpu_assigner("start", "--simulate-gpus", "1x32MiB", *foreground, ACB_RUNTIME_DIR=str(small_disk))
+    assert result.returncode == 73
+    assert str(small_disk) in one_line(result.stderr)
+    assert os.listdir(small_disk) == ["filling"]
+
+
+def test_a_disk_that_fills_up_later_stops_nobody(site: Site, small_disk: Path) -> None:
+    assert site.gpu_assigner("start", "--simulate-gpus", "1x32MiB", ACB_RUNTIME_DIR=str(small_disk)).returncode == 0
+    site.socket = small_disk / "broker.sock"
+    fill(small_disk / "filling")
+    with site.connect() as peer:
+        peer.socket.send(b"nonsense")  # which it would log
+        peer.receive()
+    simulated = str(next(small_disk.glob("simulated-*")))
+    program = site.program(ACB_RUNTIME_DIR=str(small_disk), ACB_SIMULATED=simulated)
+    program.do("take_turns", 2, MIB)
+    assert program.finish() == 0
+    assert site.gpu_assigner("stop", ACB_RUNTIME_DIR=str(small_disk)).returncode == 0
+    assert os.listdir(small_disk) == ["filling"]
+
+
+def test_a_limit_on_file_sizes_is_like_a_full_disk(site: Site) -> None:
+    result = subprocess.run(
+        [sys.executable, "-B", "-m", "acb.cli.gpu_assigner", "start", "--simulate-gpus", "1x32MiB"],
+        env=site.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),
+    )
+    assert result.returncode == 73
+    one_line(result.stderr)
+    assert os.listdir(site.directory) == []
