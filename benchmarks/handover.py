@@ -53,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run it, print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.handover", description=(__doc__ or "").split("\n\n")[0])
     report.add_arguments(parser)
-    parser.add_argument("--rounds", type=_positive, default=500, metavar="N", help="hand-overs (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=report.positive, default=500, metavar="N", help="hand-overs (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     figures = measure(options.rounds)
     rested = figures["rested"]
@@ -201,13 +203,6 @@ def _round_trip(link: socket.socket) -> float:
     link.send(PACKET)
     link.recv(256)
     return (time.monotonic_ns() - begin) / 1000
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("at least 1")
-    return number
 
 
 def _row(question: str, figures: dict[str, Any], name: str) -> report.Row:

@@ -72,6 +72,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures, as one JSON object, to FILE")
 
 
+def positive(text: str) -> int:
+    """For argparse: a number of rounds."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return number
+
+
 def publish(title: str, rows: Sequence[Row], figures: dict[str, Any], file: Path | None) -> None:
     """Write the JSON file, if one is wished, and print the table, last."""
     from rich import box

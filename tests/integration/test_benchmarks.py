@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -43,3 +44,14 @@ def test_a_benchmark_refuses_an_impossible_number_of_rounds() -> None:
     )
     assert done.returncode == 2
     assert "at least 1" in done.stderr
+
+
+def test_the_overheads_are_fractions_or_missing_by_name(tmp_path: Path) -> None:
+    found, printed = figures(tmp_path, "benchmarks.overhead", "--repeats", "1")
+    assert found["startup_ratio"] > 0
+    assert 0 < found["import_miss_ns"] < 1e9
+    assert 0 < found["open_gate_ns"] < 1e9
+    for framework, name in (("torch", "torch_step_overhead"), ("jax", "jax_call_overhead")):
+        installed = importlib.util.find_spec(framework) is not None
+        assert isinstance(found[name], float) if installed else found[name] is None
+    assert "at most 1.5" in printed
