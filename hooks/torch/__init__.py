@@ -23,7 +23,9 @@ def install(torch: ModuleType) -> None:
 
     this = client()
     if this.simulated is not None:
-        _install_simulated(torch)
+        from acb.hooks.torch import simulated
+
+        simulated.install(torch)  # first: the sentinel has to lie above its modes
     if not this.gating or not (this.simulated is not None or _built_for_gpus(torch)):
         return
     from acb.hooks.torch import regions
@@ -83,10 +85,3 @@ def gate_device_type(name: str) -> None:
 def _built_for_gpus(torch: Any) -> bool:
     """Whether this PyTorch can use a GPU at all."""
     return bool(torch.version.cuda is not None or torch.version.hip is not None)
-
-
-def _install_simulated(torch: ModuleType) -> None:
-    """Let ``cuda`` devices appear, which are files shared by all programs of this person."""
-    from acb.hooks.torch import simulated
-
-    simulated.install(torch)

@@ -33,6 +33,27 @@ def patch_script(patches: Patches) -> None:
         patches.replace(kind, "__call__", lambda original: gated(original, opaque=True))
 
 
+def patch_script_tools(patches: Patches) -> None:
+    """What runs a module in C++ or records it: a recording would show where the sentinel's own code stood."""
+    import torch.jit._freeze as freeze
+    import torch.jit._serialization as serialization
+    import torch.jit._trace as trace
+
+    for owner, names in (
+        (trace, ("trace", "trace_module")),
+        (freeze, ("freeze", "optimize_for_inference", "run_frozen_optimizations")),
+        (serialization, ("load", "save", "jit_module_from_flatbuffer")),
+    ):
+        patches.replace_all(owner, names, lambda original: gated(original, opaque=True), torch.jit)
+
+
+def patch_export(patches: Patches) -> None:
+    """torch.export, which records modules as well."""
+    import torch.export as export
+
+    patches.replace_all(export, ("export", "export_for_training"), lambda original: gated(original, opaque=True))
+
+
 def patch_disabled_modes(patches: Patches) -> None:
     """``with torch._C.DisableTorchFunction()``: what runs inside is hidden from the sentinel, so it is one region."""
     original: Any = torch._C.DisableTorchFunction
@@ -109,5 +130,13 @@ def patch_array_interface(patches: Patches) -> None:
     patches.set(torch.Tensor, "__cuda_array_interface__", property(get, doc=described.__doc__))
 
 
-STEPS = (patch_compile, patch_script, patch_disabled_modes, patch_dlpack, patch_array_interface)
+STEPS = (
+    patch_compile,
+    patch_script,
+    patch_script_tools,
+    patch_export,
+    patch_disabled_modes,
+    patch_dlpack,
+    patch_array_interface,
+)
 """In the order in which they are applied."""

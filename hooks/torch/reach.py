@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterable
+from itertools import chain, compress, islice, repeat
 from typing import Any
 
 import torch
@@ -68,19 +69,14 @@ def find_storages() -> list[Any]:
     """Every storage with bytes on a gated device, each once. Runs no code of the program's."""
     found: dict[int, Any] = {}
     with torch._C.DisableTorchFunctionSubclass():
-        kinds = _subclasses(_Tensor)
-        scripted = _subclasses(torch.jit.ScriptModule)
-        tensors, modules, storages = [], [], []
-        for thing in gc.get_objects():
-            kind = type(thing)  # not isinstance(): proxies answer it with code of the program's
-            if kind in kinds:
-                tensors.append(thing)
-            elif kind in scripted:
-                modules.append(thing)
-            elif kind is _Storage:
-                storages.append(thing)
-        for module in modules:
-            tensors.extend(_held_by_script(module))
+        kinds, scripted = _subclasses(_Tensor), _subclasses(torch.jit.ScriptModule)
+        things = _instances(kinds | scripted | {_Storage})
+        tensors = [thing for thing in things if type(thing) in kinds]
+        storages = [thing for thing in things if type(thing) is _Storage]
+        for thing in things:
+            if type(thing) in scripted:
+                tensors.extend(_held_by_script(thing))
+        del things
         roots = []
         for tensor in tensors:
             _add(found, tensor)
@@ -96,6 +92,31 @@ def find_storages() -> list[Any]:
             if storage.device.type in devices.GATED:
                 found.setdefault(storage._cdata, storage)
     return [storage for storage in found.values() if _size(storage) > 0]
+
+
+def _instances(kinds: set[Any]) -> list[Any]:
+    """Everything of exactly these types that the garbage collector knows.
+
+    The collector also knows the tuple that another thread is still filling, and nobody can finish a tuple that somebody
+    else refers to. So one call of C code does it all: no other thread runs before the list of everything is gone again.
+    """
+    wanted = set(map(id, kinds))
+    # The list twice, from one call of get_objects(). What comes after each is there to use it up: an iterator that
+    # keeps the list would be in the list, and neither would go away.
+    everything = chain.from_iterable(map(repeat, map(gc.get_objects, (None,)), (2,)))
+    collecting = gc.isenabled()
+    gc.disable()
+    once, again = islice(everything, 1), islice(everything, 1)
+    try:
+        return list(
+            compress(
+                chain(chain.from_iterable(once), repeat(None)),
+                chain(map(wanted.__contains__, map(id, map(type, chain.from_iterable(again)))), everything),
+            )
+        )
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _size(storage: Any) -> int:

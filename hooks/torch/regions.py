@@ -416,7 +416,7 @@ def after_fork(gate: Gate) -> None:
 
     A child of a process that has initialised CUDA cannot use it: there is nothing to gate.
     """
-    if torch.cuda._is_in_bad_fork():
+    if torch.cuda._initialized or torch.cuda._is_in_bad_fork():
         unbind()
         take_off(here.sentinel)
         return
