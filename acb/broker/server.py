@@ -175,6 +175,8 @@ class Server:
                         raise
                     if error.errno not in (errno.EMFILE, errno.ENFILE):
                         return  # of this connection only: the peer has gone away
+                    if not _is_readable(self._listener):
+                        return  # at the limit, this error comes also when nobody wants to be accepted
                     if self._drop_silent():
                         continue
                     _log(f"cannot accept a connection: {error.strerror}")
@@ -195,7 +197,9 @@ class Server:
 
     def _drop_silent(self) -> bool:
         """Make place by dropping the oldest connection that has not said hello; False when there is none."""
-        for connection in self._connections.values():
+        for connection in [c for c in self._connections.values() if c.id not in self._core.clients]:
+            while connection.id in self._connections and self._readable(connection):
+                pass  # what it has said already counts
             if connection.id not in self._core.clients:
                 self._drop(connection)
                 return True
@@ -247,7 +251,8 @@ class Server:
             if isinstance(message, Hello):
                 self._finish_former(connection)
                 # What the kernel says counts, also where the peer lives in another pid namespace.
-                message = replace(message, pid=connection.pid, name=message.name[:NAME_LENGTH])
+                name = message.name[:NAME_LENGTH].encode("utf-8", "replace").decode()
+                message = replace(message, pid=connection.pid, name=name)
             self._deliver(self._core.handle(connection.id, message, time.monotonic()))
             self._metrics.received(message)
             if isinstance(message, Hello) and connection.id in self._core.clients:
@@ -255,7 +260,9 @@ class Server:
 
     def _finish_former(self, connection: Connection) -> None:
         """A process says hello again: what its former connection still has, its end above all, came before that."""
-        for former in [c for c in self._connections.values() if c.pid == connection.pid != 0 and c is not connection]:
+        if not connection.pid:
+            return  # of a pid namespace that is not ours: it might be anybody's
+        for former in [c for c in self._connections.values() if c.pid == connection.pid and c.id < connection.id]:
             while former.id in self._connections and self._readable(former):
                 pass
 
@@ -342,6 +349,12 @@ class Connection:
         except OSError:
             pass  # it is dead, which reading will show
         return True
+
+
+def _is_readable(listener: socket.socket) -> bool:
+    poller = select.poll()
+    poller.register(listener, select.POLLIN)
+    return bool(poller.poll(0))
 
 
 def _peer(accepted: socket.socket) -> tuple[int, int]:

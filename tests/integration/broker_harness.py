@@ -47,6 +47,7 @@ class Site:
         self.directory = Path(tempfile.mkdtemp(prefix="acb-"))
         self.socket = self.directory / "broker.sock"
         self.programs: list[Program] = []
+        self.peers: list[Peer] = []
         self.brokers: list[subprocess.Popen[bytes]] = []
         self.log = Path(tempfile.mkdtemp(prefix="acb-log-"))
 
@@ -136,7 +137,8 @@ class Site:
 
     def connect(self) -> Peer:
         """A connection of the test's own to the broker."""
-        return Peer(self.socket)
+        self.peers.append(Peer(self.socket))
+        return self.peers[-1]
 
     # --- programs ---------------------------------------------------------------------------------------------------
 
@@ -154,6 +156,8 @@ class Site:
 
     def leave_nothing(self) -> None:
         """End all that still runs, and remove the directory."""
+        for peer in self.peers:
+            peer.close()
         for program in self.programs:
             program.kill()
         for broker in self.brokers:
