@@ -251,8 +251,7 @@ class Server:
             if isinstance(message, Hello):
                 self._finish_former(connection)
                 # What the kernel says counts, also where the peer lives in another pid namespace.
-                name = message.name[:NAME_LENGTH].encode("utf-8", "replace").decode()
-                message = replace(message, pid=connection.pid, name=name)
+                message = replace(message, pid=connection.pid, name=_printable(message.name[:NAME_LENGTH]))
             self._deliver(self._core.handle(connection.id, message, time.monotonic()))
             self._metrics.received(message)
             if isinstance(message, Hello) and connection.id in self._core.clients:
@@ -351,6 +350,11 @@ class Connection:
         return True
 
 
+def _printable(text: str) -> str:
+    """The text with a question mark for what must not come to a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def _is_readable(listener: socket.socket) -> bool:
     poller = select.poll()
     poller.register(listener, select.POLLIN)
@@ -378,7 +382,7 @@ def _client_report(client: Client, now: float) -> dict[str, Any]:
         "waiting_s": round(now - client.asked_at, 3) if client.waiting else None,
         "leased_s": round(now - client.granted_at, 3) if client.lease else None,
         "revoked": client.revoked,
-        "unmovable": client.unmovable[:REASON_LENGTH] or None,
+        "unmovable": _printable(client.unmovable[:REASON_LENGTH]) or None,
     }
 
 

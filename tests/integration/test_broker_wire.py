@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -191,7 +192,7 @@ def test_long_and_odd_names_are_shown(site: Site) -> None:
     peers = [welcome(site, name) for name in names]
     report = site.report()
     assert report is not None
-    shortened = [name[:64].replace("\ud800", "?") for name in names]
+    shortened = [re.sub("[\ud800\n\x1b]", "?", name[:64]) for name in names]
     assert [client["name"] for client in report["clients"]] == shortened
     shown = site.gpu_assigner("status", COLUMNS="250")
     assert shown.returncode == 0
