@@ -1,4 +1,4 @@
-"""Tells the framework hooks of every Python thread that starts, on that thread, before the program's own code."""
+"""Tells the framework hooks of every Python thread, on that thread: before the program's own code, and after it."""
 
 from __future__ import annotations
 
@@ -7,29 +7,33 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-_callbacks: list[Callable[[], None]] = []
+_at_start: list[Callable[[], None]] = []
+_at_end: list[Callable[[], None]] = []
 
 
-def on_thread_start(callback: Callable[[], None]) -> None:
-    """Run `callback()` at the start of every Python thread from now on, on that thread, but for acb's own.
+def on_thread_start(start: Callable[[], None], end: Callable[[], None] | None = None) -> None:
+    """Run `start()` at the start of every Python thread from now on, and `end()` at its end, on that thread.
 
     Reaches threads made with `threading` (and so with concurrent.futures, asyncio's executors and pools), and those
-    made with `_thread.start_new_thread`.
+    made with `_thread.start_new_thread`; acb's own threads are left out. When `end()` runs, `threading` has already
+    forgotten the thread: it must not ask for current_thread().
     """
-    if not _callbacks:
+    if not _at_start:
         _patch_threading()
         _patch_start_new_thread()
-    _callbacks.append(callback)
+    _at_start.append(start)
+    if end is not None:
+        _at_end.insert(0, end)
 
 
-def _run_callbacks() -> None:
-    for callback in _callbacks:
+def _run(callbacks: list[Callable[[], None]]) -> None:
+    for callback in callbacks:
         try:
             callback()
         except Exception as error:  # a hook must not cost the program its thread
             from acb.client.runtime import warn_once
 
-            warn_once(f"thread-start:{callback!r}", f"a new thread could not be instrumented: {error!r}")
+            warn_once(f"thread:{callback!r}", f"a thread could not be instrumented: {error!r}")
 
 
 def _patch_threading() -> None:
@@ -38,9 +42,14 @@ def _patch_threading() -> None:
 
     @functools.wraps(original)
     def _bootstrap_inner(self: threading.Thread) -> None:
-        if not self.name.startswith("acb-"):
-            _run_callbacks()
-        original(self)
+        if self.name.startswith("acb-"):
+            original(self)
+            return
+        _run(_at_start)
+        try:
+            original(self)
+        finally:
+            _run(_at_end)
 
     threading.Thread._bootstrap_inner = _bootstrap_inner  # type: ignore[attr-defined]
 
@@ -54,8 +63,11 @@ def _patch_start_new_thread() -> None:
     @functools.wraps(original)
     def start_new_thread(function: Callable[..., Any], args: tuple[Any, ...], *rest: Any) -> int:
         def begin(*a: Any, **k: Any) -> Any:
-            _run_callbacks()
-            return function(*a, **k)
+            _run(_at_start)
+            try:
+                return function(*a, **k)
+            finally:
+                _run(_at_end)
 
         return original(begin, args, *rest)
 

@@ -113,6 +113,28 @@ _DISABLED = torch._C._disabled_torch_function_impl
 _PLAIN = torch.Tensor.__torch_function__.__func__
 
 
+class _Leaving:
+    """Takes the sentinel off a thread that ends, while Python still runs there: it dies with the thread's local data.
+
+    PyTorch's own clean-up comes after the thread's Python state is gone, and aborts the process when the interpreter
+    happens to be shutting down.
+    """
+
+    def __init__(self, sentinel: Sentinel) -> None:
+        self._sentinel = sentinel
+
+    def __del__(self, size: Any = _stack_size, pop: Any = _pop_mode, push: Any = _push_mode) -> None:
+        # The functions are held here, for at the interpreter's end the module's own names are gone before this is.
+        above = []
+        for _ in range(size()):
+            mode = pop()
+            if mode is self._sentinel:
+                break
+            above.append(mode)
+        while above:
+            push(above.pop())
+
+
 class _Here(threading.local):
     """What is known of the present thread."""
 
@@ -121,6 +143,7 @@ class _Here(threading.local):
         self.sentinel = Sentinel(self.state)
         self.bare = 0  # how deep in calls that run ungated because no gated device has ever been used
         self.owed = 0  # regions that such calls began and must end
+        self._leaving = _Leaving(self.sentinel)
         thread = threading._active.get(threading.get_ident())  # type: ignore[attr-defined]
         if thread is None:
             self.kind = NATIVE

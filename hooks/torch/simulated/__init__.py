@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from acb.client.runtime import Client
 
 _state: Any = None
+_watching_threads = False
 
 
 class _State:
@@ -42,7 +43,7 @@ def install(
     the client that is bound to one. `description` gives a card from which to answer questions before that. By default
     both come from this process's client.
     """
-    global _state
+    global _state, _watching_threads
     if _state is not None:
         return
     from acb.client.runtime import client, warn_once
@@ -55,7 +56,7 @@ def install(
     steps = [step for module in (cuda, streams, tensors, storages, factories, choices) for step in module.STEPS]
     patching.apply(state.patches, [_bind(step, state.ledger) for step in steps], warn_once)
     dispatch.enter(state.ledger)
-    threads.on_thread_start(_adopt_thread)
+    threads.on_thread_start(_adopt_thread, _release_thread)
 
 
 def _card_of(given: Card | Client) -> Card:
@@ -98,6 +99,17 @@ def _adopt_thread() -> None:
         from acb.hooks.torch.simulated import dispatch
 
         dispatch.enter(_state.ledger)
+
+
+def _release_thread() -> None:
+    """Leave no mode on a thread that ends.
+
+    The thread's own end would let go of it without the interpreter's lock, and wait for that; when the interpreter is
+    ending too, CPython before 3.14 ends such a thread in the middle of C++ code, and that aborts the process.
+    """
+    from acb.hooks.torch.simulated import dispatch
+
+    dispatch.release_thread()
 
 
 def _after_fork() -> None:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
-from acb.hooks.torch.simulated.compute import compute
+from acb.hooks.torch.simulated.compute import compute, settled
 from acb.hooks.torch.simulated.ledger import Ledger
 from acb.hooks.torch.simulated.operations import COMPUTE, HIGHER_ORDER, PASS, Operation, describe
 from acb.hooks.torch.simulated.special import SPECIAL
 
 _Tensor: Any = torch.Tensor
+_layout: Any = torch._C.TensorBase.layout.__get__
 _NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
 
 
@@ -45,7 +46,11 @@ class SimulatedGPU(TorchDispatchMode):  # type: ignore[misc]
             return NotImplemented  # a subclass that computes in its own way, with operations that come here one by one
         operation = describe(func)
         if operation.kind == PASS:
-            return func(*args, **kwargs) if kwargs else func(*args)
+            out = func(*args, **kwargs) if kwargs else func(*args)
+            if out.__class__ is _Tensor and _layout(out) is not torch.strided:
+                # A "view" of a sparse tensor may have parts of its own.
+                return settled(self.ledger, operation, args, out)
+            return out
         if operation.kind == COMPUTE:
             special = SPECIAL.get(operation.base)
             if special is not None and operation.name.startswith("aten."):
@@ -100,6 +105,13 @@ def enter(ledger: Ledger) -> None:
     if _on_thread.mode is None:
         _on_thread.mode = SimulatedGPU(ledger)
         _on_thread.mode.__enter__()
+
+
+def release_thread() -> None:
+    """Leave no mode on this thread, which ends."""
+    _on_thread.mode = None
+    while torch._C._len_torch_dispatch_stack():
+        _pop_mode()
 
 
 def leave() -> None:
