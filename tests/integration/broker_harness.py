@@ -25,7 +25,7 @@ from acb.protocol import Message, decode, encode
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LEASER = Path(__file__).parent / "programs" / "leaser.py"
-PATIENCE = 30.0
+PATIENCE = 8.0
 MIB = 1 << 20
 T = TypeVar("T")
 
@@ -227,7 +227,7 @@ class Program:
     def do(self, *command: Any) -> Any:
         """Have it do something; the result."""
         self.begin(*command)
-        return self.end(command[0].removeprefix("!"))
+        return self.end(command[0].lstrip("!&"))
 
     def fails(self, *command: Any) -> tuple[str, str]:
         """Have it do something that fails: exception type and message."""
@@ -240,6 +240,9 @@ class Program:
         """Wait until its evacuator stands at this step."""
         said = self.next()
         assert said == {"step": step}, said
+
+    def send_signal(self, number: int) -> None:
+        self._process.send_signal(number)
 
     def kill(self, number: int = signal.SIGKILL) -> int:
         """Send a signal, wait for the end; the exit status."""

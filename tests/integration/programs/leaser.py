@@ -1,7 +1,8 @@
 """A program that uses acb by hand, one command a line from stdin, with memory of its own on a simulated card.
 
 Every command is answered by one JSON line on stdout, every step of its evacuator that the test has asked to hold is
-announced by one. Commands run in order on the main thread, but for those that begin with ``!``, which run at once.
+announced by one. Commands run in order on the main thread, but for those that begin with ``!``, which run at once, and with ``&``, which
+run on a thread of their own.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 import traceback
@@ -177,9 +179,58 @@ def take_turns(rounds: int, nbytes: int) -> None:
         add("model", nbytes)
         operate(3)
     for _ in range(rounds):
-        sum(range(2000))
+        sum(range(100_000))
         with acb.gpu():
             operate(5)
+
+
+def region_until_released() -> int:
+    """Regions without a pause, until release; how many."""
+    m = mine()
+    count = 0
+    while not m.go_on.is_set():
+        region()
+        count += 1
+    return count
+
+
+def in_threads(threads: int, count: int) -> None:
+    """Regions on several threads at once."""
+    mine()
+    running = [threading.Thread(target=region, args=(count,)) for _ in range(threads)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+
+
+def ask_in_threads(sizes: list[int]) -> list[bool]:
+    """All ask for more room at once; who got it."""
+    answers: dict[int, bool] = {}
+
+    def ask(number: int) -> None:
+        answers[number] = runtime.client().more_room(sizes[number])
+
+    running = [threading.Thread(target=ask, args=(number,)) for number in range(len(sizes))]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    return [answers[number] for number in range(len(sizes))]
+
+
+def begin_on_a_thread_that_ends() -> None:
+    thread = threading.Thread(target=acb.begin)
+    thread.start()
+    thread.join()
+
+
+def wait_for_signal(number: int) -> int:
+    """Block it on this thread, the only one that does not, and wait for it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    say(step="signals blocked")
+    got = signal.sigtimedwait([number], 30)
+    return 0 if got is None else got.si_signo
 
 
 def fork_and(*then: str) -> int:
@@ -219,6 +270,40 @@ def facts() -> dict[str, Any]:
     }
 
 
+def free() -> None:
+    m = mine()
+    m.card.free(m.card.held())
+    m.on_card = {}
+
+
+class Framework:
+    """A second one, with no memory of its own, whose methods fail when they are told to."""
+
+    name = "other"
+
+    def __init__(self) -> None:
+        self.failures: dict[str, list[str]] = {}
+        self.synchronize = lambda: None
+        self.reset_peak = lambda: None
+        self.resident = self.peak = self.restore = lambda: 0
+
+    def evacuate(self) -> int:
+        if self.failures.get("evacuate"):
+            raise EvacuationError(self.failures["evacuate"].pop())
+        return 0
+
+
+framework = Framework()
+
+
+def add_framework() -> None:
+    runtime.client().add_evacuator(framework)
+
+
+def fail_framework(step: str, *kinds: str) -> None:
+    framework.failures[step] = list(kinds)
+
+
 def hold(*steps: str) -> None:
     mine().holds = set(steps)
 
@@ -241,10 +326,13 @@ def main() -> None:
             say(failed=name, kind=type(error).__name__, message=str(error))
 
     def read() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         for line in sys.stdin:
             name, *arguments = json.loads(line)
             if name.startswith("!"):
                 run(name[1:], arguments)
+            elif name.startswith("&"):
+                threading.Thread(target=run, args=(name[1:], arguments)).start()
             else:
                 commands.put([name, *arguments])
         commands.put(["stop"])
