@@ -6,12 +6,15 @@ That keeps results the same, bit for bit, as without the simulated GPU.
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import torch
 
 from acb.hooks.torch.patching import Patches
+from acb.hooks.torch.simulated.compute import CPU
 from acb.hooks.torch.simulated.ledger import Ledger
+from acb.hooks.torch.simulated.tensors import device_of
 
 
 def patch_foreach(patches: Patches, ledger: Ledger) -> None:
@@ -48,6 +51,25 @@ def patch_grouping(patches: Patches, ledger: Ledger) -> None:
     patches.set(torch._C, "_group_tensors_by_device_and_dtype", grouped)
 
 
+def patch_parsing(patches: Patches, ledger: Ledger) -> None:
+    """Module.to() has its arguments parsed in C++, which knows no ordinals of GPUs and no tensors there."""
+    original = torch._C._nn._parse_to
+
+    @functools.wraps(original)
+    def _parse_to(*args: Any, **kwargs: Any) -> Any:
+        if args and (args[0].__class__ is int or isinstance(args[0], torch.Tensor)):
+            like: Any = args[0]
+            parsed = original(*args[1:], **kwargs)
+            if like.__class__ is int:
+                return device_of(like), *parsed[1:]
+            return like.device, like.dtype, *parsed[2:]
+        if kwargs.get("device").__class__ is int:
+            kwargs["device"] = device_of(kwargs["device"])
+        return original(*args, **kwargs)
+
+    patches.set(torch._C._nn, "_parse_to", _parse_to)
+
+
 def patch_cudnn(patches: Patches, ledger: Ledger) -> None:
     """Recurrent networks ask whether cuDNN would do; a build without it would warn."""
     patches.set(torch.backends.cudnn, "is_acceptable", lambda tensor: False)
@@ -69,4 +91,63 @@ def patch_compile(patches: Patches, ledger: Ledger) -> None:
     patches.set(torch, "compile", compile)
 
 
-STEPS = (patch_foreach, patch_grouping, patch_cudnn, patch_compile)
+def patch_script_load(patches: Patches, ledger: Ledger) -> None:
+    """torch.jit.load(): the C++ code that reads parameters knows no GPU, so they are moved when they have been read."""
+    import torch.jit._serialization as serialization
+
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def load(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
+            device = None if map_location is None else device_of(map_location)
+            if device is None or device.type != "cuda":
+                return original(f, map_location, *args, **kwargs)
+            return original(f, CPU, *args, **kwargs).to(device)
+
+        return load
+
+    patches.replace(serialization, "load", make, torch.jit)
+
+
+def patch_ctc_loss(patches: Patches, ledger: Ledger) -> None:
+    """torch.ctc_loss() takes lengths on the host and moves them to the device in C++ code, which sees no difference."""
+    original = torch.ctc_loss
+
+    @functools.wraps(original)
+    def ctc_loss(
+        log_probs: Any, targets: Any, input_lengths: Any, target_lengths: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if isinstance(input_lengths, torch.Tensor) and isinstance(target_lengths, torch.Tensor):
+            input_lengths, target_lengths = input_lengths.to(log_probs.device), target_lengths.to(log_probs.device)
+        return original(log_probs, targets, input_lengths, target_lengths, *args, **kwargs)
+
+    patches.set(torch, "ctc_loss", ctc_loss)
+
+
+def patch_pinning_threads(patches: Patches, ledger: Ledger) -> None:
+    """The thread that pins batches asks for one computing thread, which later threads of the program would take over.
+
+    Without a GPU there is no such thread, and how many threads compute a sum changes its last bits.
+    """
+    from torch.utils.data._utils import pin_memory
+
+    original = torch.set_num_threads
+    pinning = pin_memory._pin_memory_loop.__code__
+
+    @functools.wraps(original)
+    def set_num_threads(count: int) -> None:
+        if sys._getframe(1).f_code is not pinning:
+            original(count)
+
+    patches.set(torch, "set_num_threads", set_num_threads)
+
+
+STEPS = (
+    patch_parsing,
+    patch_foreach,
+    patch_grouping,
+    patch_cudnn,
+    patch_compile,
+    patch_script_load,
+    patch_ctc_loss,
+    patch_pinning_threads,
+)

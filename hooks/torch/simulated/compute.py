@@ -8,6 +8,7 @@ asked for is told apart by the `pin_memory` argument, which Python's bindings al
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -71,9 +72,8 @@ def compute(ledger: Ledger, func: Any, operation: Operation, args: Any, kwargs: 
     explicit = False
     if operation.takes_device and kwargs:
         device = kwargs.get("device")
-        if "pin_memory" in kwargs:
-            explicit = device is not None
-            pinned = kwargs["pin_memory"]
+        pinned = kwargs.get("pin_memory")
+        explicit = device is not None and pinned is not None
         if device is not None:
             if device.type == "cuda":
                 check_ordinal(device)
@@ -93,7 +93,7 @@ def compute(ledger: Ledger, func: Any, operation: Operation, args: Any, kwargs: 
         out = func(*args, **kwargs)
         if pinned:
             pin(out)
-        elif ledger.floating or (operation.factory and "pin_memory" not in kwargs and ledger.entries):
+        elif ledger.floating or (operation.factory and pinned is None and ledger.entries):
             _drift(ledger, operation, args, kwargs, found, out)
         return out
     if operation.like:
@@ -110,8 +110,11 @@ def compute(ledger: Ledger, func: Any, operation: Operation, args: Any, kwargs: 
     if to_card:
         error = settle(ledger, operation, args, kwargs, out)
         if error is not None:
-            del out  # so that a caller that catches the error has the memory back
-            raise error
+            del out, found  # so that a caller that catches the error has the memory back
+            try:
+                raise error
+            finally:
+                del error  # a frame that its own error holds lives until the next garbage collection
     return out
 
 
@@ -144,6 +147,19 @@ def settle(ledger: Ledger, operation: Operation, args: Any, kwargs: Any, out: An
             if isinstance(value, _Tensor):
                 error = error or _recharge(ledger, value)
     return error
+
+
+def settled(ledger: Ledger, operation: Operation, args: Any, out: Any) -> Any:
+    """What has been made without an operation of the card, charged if it comes from something there."""
+    if any(ledger.entry(tensor) is not None for tensor in _tensors(args)):
+        error = settle(ledger, operation, args, {}, out)
+        if error is not None:
+            del out
+            try:
+                raise error
+            finally:
+                del error  # a frame that its own error holds lives until the next garbage collection
+    return out
 
 
 def _recharge(ledger: Ledger, tensor: Any) -> BaseException | None:
@@ -202,20 +218,30 @@ def _mixed(operation: Operation) -> RuntimeError:
 def take_aboard(ledger: Ledger, tensor: Any) -> None:
     error = ledger.put(tensor)
     if error is not None:
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # a frame that its own error holds lives until the next garbage collection
 
 
 def _drift(ledger: Ledger, operation: Operation, args: Any, kwargs: Any, found: _Found, out: Any) -> None:
     """On the host: decide floating arguments, or pass their state on to the result."""
-    hosts = found.hosts or []
-    floating = [tensor for tensor in hosts if ledger.floats(tensor)]
-    if len(floating) < len(hosts):
+    floating = [tensor for tensor in _tensors((*args, *kwargs.values())) if ledger.floats(tensor)]
+    if found.hosts is not None and not all(map(ledger.floats, found.hosts)):
         for tensor in floating:
             ledger.settle_on_host(tensor)
-    elif floating or (operation.factory and "pin_memory" not in kwargs):
-        for value in out if isinstance(out, _SEQUENCES) else (out,):
-            if isinstance(value, _Tensor):
-                ledger.float_storage(value)
+    elif floating or (operation.factory and kwargs.get("pin_memory") is None):
+        for tensor in _tensors((out,)):
+            ledger.float_storage(tensor)
+
+
+def _tensors(values: Any) -> Iterator[Any]:
+    """The tensors among some values, and in lists among them."""
+    for value in values:
+        if isinstance(value, _Tensor):
+            yield value
+        elif isinstance(value, _SEQUENCES):
+            yield from _tensors(value)
 
 
 def _check_size(ledger: Ledger, args: Any, kwargs: Any) -> None:

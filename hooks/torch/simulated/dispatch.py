@@ -105,6 +105,8 @@ def enter(ledger: Ledger) -> None:
     if _on_thread.mode is None:
         _on_thread.mode = SimulatedGPU(ledger)
         _on_thread.mode.__enter__()
+        # TorchScript would fold what it makes "on the device of that tensor" into constants on the host.
+        torch._C._set_graph_executor_optimize(False)
 
 
 def release_thread() -> None:
@@ -119,3 +121,4 @@ def leave() -> None:
     if _on_thread.mode is not None:
         _on_thread.mode.__exit__(None, None, None)
         _on_thread.mode = None
+        torch._C._set_graph_executor_optimize(True)

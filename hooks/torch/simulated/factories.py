@@ -117,7 +117,7 @@ def patch_new_tensor(patches: Patches, ledger: Ledger) -> None:
         if has_torch_function_unary(self):
             return handle_torch_function(_Tensor.new, (self,), self, *args, device=device, **kwargs)
         device = self.device if device is None else device_of(device)
-        if device.type != "cuda":
+        if device.type != "cuda" or self.layout is not torch.strided:
             return new_(self, *args, **kwargs)
         return _legacy_new(self.dtype, args)
 

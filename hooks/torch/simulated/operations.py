@@ -26,7 +26,7 @@ _MIXING = frozenset(
     (
         "index", "index_put", "index_put_", "_index_put_impl", "_index_put_impl_", "_unsafe_index",
         "_unsafe_index_put", "copy_", "copy", "_pack_padded_sequence", "_pack_padded_sequence_backward", "set_",
-        "set_data", "_fused_adam_", "_fused_adamw_", "_fused_sgd_",
+        "set_data", "_ctc_loss", "_ctc_loss_backward", "_fused_adam_", "_fused_adamw_", "_fused_sgd_",
     )
 )  # fmt: skip
 """Operations that accept arguments on the host beside those on a GPU."""
@@ -75,10 +75,15 @@ class Operation:
         self.kind = COMPUTE
         if base in _METADATA:
             self.kind = PASS
-        elif torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        elif _has_kernel(func, "CompositeImplicitAutograd") and not _has_kernel(func, "CPU"):
             self.kind = COMPOSITE
         elif _is_view(schema):
             self.kind = PASS
+
+
+def _has_kernel(func: Any, key: str) -> bool:
+    """Whether PyTorch has an implementation of `func` for this dispatch key."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key))
 
 
 def _is_view(schema: Any) -> bool:

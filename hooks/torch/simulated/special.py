@@ -50,8 +50,8 @@ def _to_copy(ledger: Ledger, func: Any, operation: Operation, args: Any, kwargs:
         kwargs = {**kwargs, "pin_memory": False}
     if here is None and not to_card:
         out = func(*args, **kwargs)
-        if ledger.floats(args[0]):
-            ledger.float_storage(out)
+        if ledger.entries and (device is not None or ledger.floats(args[0])) and to_pin is None:
+            ledger.float_storage(out)  # C++ code has copied it to where some other tensor is
     else:
         out = run(ledger, func, operation, args, kwargs)
         if (here is not None) != to_card:
@@ -60,7 +60,10 @@ def _to_copy(ledger: Ledger, func: Any, operation: Operation, args: Any, kwargs:
         error = ledger.put(out)
         if error is not None:
             del out
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # a frame that its own error holds lives until the next garbage collection
     elif to_pin:
         pin(out)
     return out
@@ -75,7 +78,10 @@ def _pack_padded_sequence(ledger: Ledger, func: Any, operation: Operation, args:
     error = ledger.put(data)
     if error is not None:
         del data
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # a frame that its own error holds lives until the next garbage collection
     return data, batch_sizes
 
 

@@ -39,7 +39,10 @@ def patch_new(patches: Patches, ledger: Ledger) -> None:
         error = ledger.put_storage(storage, storage._cdata)
         if error is not None:
             del storage
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # a frame that its own error holds lives until the next garbage collection
         return storage
 
     patches.set(_Storage, "__new__", staticmethod(__new__))
@@ -59,7 +62,10 @@ def patch_resize(patches: Patches, ledger: Ledger) -> None:
         before, state = entry.nbytes, entry.state
         error = ledger.resized(entry, size)
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # a frame that its own error holds lives until the next garbage collection
         try:
             return original(self, size)
         except BaseException:
