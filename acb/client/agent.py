@@ -66,6 +66,9 @@ MAX_RETRY = 2.0
 MAX_GRANT = 1024
 """Bytes: no packet with a grant is longer."""
 
+HEARTBEAT = 5.0
+"""Seconds: as long as the agent can be deaf, should a thread that listens be interrupted at the wrong microsecond."""
+
 _receive = socket.SocketType.recv
 """Not socket.socket's, which acb's own hooks replace to learn of what the program waits for."""
 
@@ -158,27 +161,27 @@ class Agent:
         Another message than a grant stays on the socket, for the agent's thread to take: the program's threads must not
         move memory. A grant is taken off only when it has been dealt with, so that none is lost to a KeyboardInterrupt.
         """
-        if not self._reading.acquire(blocking=False):
-            return False
         connection = None
-        try:
-            with self._lock:
-                if self._socket is None or self._poller is None or not self._requested or self._evacuated:
-                    return False
-                connection = self._socket
-                self._poller.unregister(connection)
-            message = decode(_receive(connection, MAX_GRANT, socket.MSG_PEEK))
-            if isinstance(message, Grant):
+        with self._reading:
+            try:
                 with self._lock:
-                    self._granted(message)
-                    _receive(connection, 1)
-                return True
-        except (OSError, ProtocolError):
-            pass  # the agent's thread will see it, too
-        finally:
-            if connection is not None:
-                self._hear(connection)
-            self._reading.release()
+                    if self._socket is None or self._poller is None or not self._requested or self._evacuated:
+                        return False
+                    connection = self._socket
+                    self._poller.unregister(connection)
+                message = decode(_receive(connection, MAX_GRANT, socket.MSG_PEEK))
+                if isinstance(message, Grant):
+                    with self._lock:
+                        self._granted(message)
+                        _receive(connection, 1)
+                    if self._trace.enabled:
+                        self._wake()  # it observes a granted lease
+                    return True
+            except (OSError, ProtocolError):
+                pass  # the agent's thread will see it, too
+            finally:
+                if connection is not None:
+                    self._hear(connection)
         return False
 
     def idle(self) -> None:
@@ -313,7 +316,11 @@ class Agent:
                 if self._socket is None and not self._alone:
                     left = max(0.0, self._try_at - now)
                     wait = left if wait is None else min(wait, left)
-            for descriptor, _ in poller.poll(wait):
+            events = poller.poll(HEARTBEAT if wait is None else min(wait, HEARTBEAT))
+            if not events and self._socket is not None and self._reading.acquire(blocking=False):
+                self._hear(self._socket)
+                self._reading.release()
+            for descriptor, _ in events:
                 if descriptor == self._wake_fd:
                     os.eventfd_read(self._wake_fd)
                 elif not self._read():
@@ -344,8 +351,6 @@ class Agent:
                 self._poller.register(connection, select.EPOLLIN)
             except OSError:
                 pass  # it is closed, or was not deaf in the first place
-        if self._trace.enabled:
-            self._wake()  # a granted lease is watched
 
     def _connect(self) -> None:
         """Try to reach the broker and say hello; start one if that is wished and none is there."""
