@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import queue
+import select
 import shutil
 import signal
 import socket
@@ -329,9 +330,7 @@ class FakeBroker:
     def silent(self) -> bool:
         """Whether the program has said nothing more until now."""
         assert self._peer is not None
-        with contextlib.suppress(BlockingIOError):
-            return not self._peer.recv(1 << 17, socket.MSG_DONTWAIT | socket.MSG_PEEK)
-        return True
+        return not select.select([self._peer], [], [], 0)[0]
 
     def hang_up(self) -> None:
         if self._peer is not None:

@@ -1,8 +1,8 @@
 """A program that uses acb by hand, one command a line from stdin, with memory of its own on a simulated card.
 
 Every command is answered by one JSON line on stdout, every step of its evacuator that the test has asked to hold is
-announced by one. Commands run in order on the main thread, but for those that begin with ``!``, which run at once, and with ``&``, which
-run on a thread of their own.
+announced by one. Commands run in order on the main thread, but for those that begin with ``!``, which run at once, and
+with ``&``, which run on a thread of their own.
 """
 
 from __future__ import annotations
@@ -233,6 +233,52 @@ def wait_for_signal(number: int) -> int:
     return 0 if got is None else got.si_signo
 
 
+def look_at_the_gate(count: int) -> None:
+    """As threads that wait do once a second, but without a pause: be inside for a moment, and see that it is closed."""
+    m = mine()
+    gate = runtime.client().gate
+    state = gate._local.state
+    while not m.go_on.is_set():
+        state.depth = 1
+        assert gate.closed
+        state.depth = 0
+        gate._idle()
+
+
+def count_refusals(threads: int) -> int:
+    """Threads that enter at once; how many were refused."""
+    refused = []
+
+    def enter_it() -> None:
+        try:
+            runtime.client().gate.enter()
+        except acb.LeaseRefused:
+            refused.append(1)
+
+    running = [threading.Thread(target=enter_it) for _ in range(threads)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    return len(refused)
+
+
+def interrupted_enter() -> str:
+    try:
+        enter()
+    except KeyboardInterrupt as error:
+        return type(error).__name__
+    return "entered"
+
+
+def add_failing_listener() -> None:
+    class Failing:
+        def __getattr__(self, name: str) -> Any:
+            raise ZeroDivisionError(name)
+
+    runtime.client().gate.add_listener(Failing())  # type: ignore[arg-type]
+
+
 def fork_and(*then: str) -> int:
     """Fork; the child runs one command more and exits with 0 if that went well."""
     pid = os.fork()
@@ -267,6 +313,7 @@ def facts() -> dict[str, Any]:
         "lease": client.agent.lease,
         "closed": client.gate.closed,
         "threads": [thread.name for thread in threading.enumerate()],
+        "stand": "waiting" if client.agent._wanted else "",
     }
 
 
