@@ -23,9 +23,8 @@ from typing import Any
 from acb.client import runtime
 from acb.hooks.jax.fence import Fence
 from acb.hooks.jax.internals import GATED, Internals, like, on_gated, passing, replace, thread
+from acb.hooks.jax.option import make_option
 from acb.hooks.jax.room import again_with_more_room
-
-OPTION = "acb_gate_watched"
 
 
 class _Settled(threading.local):
@@ -53,15 +52,12 @@ class FastPath:
         self.settled = _Settled()
         self.never = False
         """Whether no call may ever take the fast path (the simulated GPU must see every array)."""
-        self._config = internals.config.config
         self._fence = Fence()
         self._active = False
         self._on = True
         self._wanted = True
         self._epoch = 0
-        self._option = internals.config.bool_state(
-            name=OPTION, default=False, help="acb: whether calls must be counted.", include_in_jit_key=True
-        )
+        self._option = make_option(internals)
 
     def activate(self) -> None:
         """A gated backend is there: from now on follow the gate."""
@@ -86,12 +82,12 @@ class FastPath:
         if not self._active or on is self._on:
             return
         if on:
-            self._config.update(OPTION, False)
+            self._option.turn(False)
             self._epoch += 1
             self._on = True
         else:
             self._on = False
-            self._config.update(OPTION, True)
+            self._option.turn(True)
             self._fence.begin()
 
     def begins(self) -> bool:
@@ -125,7 +121,7 @@ class FastPath:
         try:
             self.settled.counted = True
             try:
-                with self._option(False):
+                with self._option.off_here():
                     return function(*args, **kwargs)
             finally:
                 self.settled.counted = False

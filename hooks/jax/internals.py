@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,8 @@ class Internals:
         self.ArrayImpl: Any = self.xla_client.ArrayImpl
         self.Client: Any = self.extension.Client
         self.Device: Any = self.xla_client.Device
+        self.RuntimeError: Any = self.xla_client.XlaRuntimeError
+        """jax's own error, which it has called jax.errors.JaxRuntimeError since 0.4.35 or so."""
         self.LoadedExecutable: Any = self.extension.LoadedExecutable
 
     @functools.cached_property
@@ -131,6 +134,24 @@ def apply(patches: list[Callable[[Internals], None]], internals: Internals) -> N
         except Exception as error:
             name = patch.__name__.strip("_")
             warn_once(f"jax:{name}", f"jax is used without {name!r}, which does not fit this version of jax: {error!r}")
+
+
+def repoint(array: Any, other: Any) -> None:
+    """Give an array, deleted or not, the buffers of `other`. Before 0.6 or so `_arrays` was assigned for that."""
+    if hasattr(array, "_replace_with"):
+        array._replace_with(other)
+        return
+    array._arrays = list(other._arrays)
+    identity = id(array)
+    _assigned[identity] = weakref.ref(array, lambda ref: _assigned.pop(identity, None))
+
+
+_assigned: dict[int, weakref.ref[Any]] = {}
+
+
+def as_assigned(array: Any) -> Any:
+    """An array for reading what repoint() gave to this one: C++ may still know the old buffer of one so assigned."""
+    return array._arrays[0] if id(array) in _assigned else array
 
 
 def replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:

@@ -107,9 +107,7 @@ class Ledger:
                 self.audit()
                 self.card.allocate(nbytes)
             except CardOutOfMemory as error:
-                import jax
-
-                raise jax.errors.JaxRuntimeError(
+                raise self._internals.RuntimeError(
                     f"RESOURCE_EXHAUSTED: Out of memory while trying to allocate {nbytes} bytes. (simulated GPU)"
                 ) from error
 

@@ -87,6 +87,8 @@ def patches(ledger: Ledger) -> list[Callable[[Internals], None]]:
 
     def device_list_answers(internals: Internals) -> None:
         kind = internals.xla_client.DeviceList
+        if not hasattr(kind, "device_kind"):
+            return  # before 0.6 or so
         replace(
             kind, "device_kind", lambda original: _answer(original, lambda self: is_simulated_device(self[0]), KIND)
         )
@@ -107,7 +109,12 @@ def patches(ledger: Ledger) -> list[Callable[[Internals], None]]:
 
             return get_backend
 
-        replace(internals.mlir.ModuleContext, "get_backend", make)
+        context = internals.mlir.ModuleContext
+        if hasattr(context, "get_backend"):
+            replace(context, "get_backend", make)
+        else:  # before 0.4.36 or so
+            getter = context.backend.fget
+            context.backend = property(lambda self: self._backend if is_simulated(self._backend) else getter(self))
 
         def check(original: Any) -> Any:
             @like(original)

@@ -113,9 +113,11 @@ def patches(ledger: Ledger) -> list[Callable[[Internals], None]]:
             if name in vars(array):
                 replace(array, name, lambda original: _aliasing(original, ledger))
         shards = vars(array)["_arrays"]
-        array._arrays = property(_aliasing_all(shards.fget, ledger), shards.fset, shards.fdel, shards.__doc__)
+        setter = shards.fset and _changing(shards.fset, ledger)
+        array._arrays = property(_aliasing_all(shards.fget, ledger), setter, shards.fdel, shards.__doc__)
         replace(array, "__init__", lambda original: _changing(original, ledger))
-        replace(array, "_replace_with", lambda original: _changing(original, ledger))
+        if hasattr(array, "_replace_with"):
+            replace(array, "_replace_with", lambda original: _changing(original, ledger))
 
     def result_handlers(internals: Internals) -> None:
         """What jax wraps results of transfers with."""

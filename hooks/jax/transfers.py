@@ -11,19 +11,22 @@ from typing import Any
 
 from acb.hooks.jax.evacuator import JaxEvacuator
 from acb.hooks.jax.gate import in_region
-from acb.hooks.jax.internals import GATED, Internals, on_gated, replace
+from acb.hooks.jax.internals import GATED, Internals, as_assigned, like, on_gated, replace
 from acb.hooks.jax.room import again_with_more_room
 
+_READS = (
+    "_copy_single_device_array_to_host_async",
+    "_single_device_array_to_np_array",
+    "_single_device_array_to_np_array_did_copy",
+    "_fully_replicated_shard",
+)
 _METHODS = (
+    *_READS,
     "block_until_ready",
     "is_ready",
     "clone",
     "platform",
     "on_device_size_in_bytes",
-    "_copy_single_device_array_to_host_async",
-    "_single_device_array_to_np_array",
-    "_single_device_array_to_np_array_did_copy",
-    "_fully_replicated_shard",
     "_rewrap_with_aval_and_sharding",
     "_replace_with",
     "__init__",
@@ -76,6 +79,14 @@ def patches(evacuator: JaxEvacuator) -> list[Callable[[Internals], None]]:
             if hasattr(internals.extension, name):
                 replace(internals.extension, name, lambda original: in_region(original, _any_concerns))
 
+    def assigned_arrays(internals: Internals) -> None:
+        """Before 0.6 or so: see as_assigned."""
+        if hasattr(internals.ArrayImpl, "_replace_with"):
+            return
+        for name in _READS:
+            if name in vars(internals.ArrayImpl):
+                replace(internals.ArrayImpl, name, _of_assigned)
+
     def array_methods(internals: Internals) -> None:
         for name in _METHODS:
             if name in vars(internals.ArrayImpl):
@@ -103,8 +114,8 @@ def patches(evacuator: JaxEvacuator) -> list[Callable[[Internals], None]]:
         replace(internals.dispatch.RuntimeTokenSet, "set_output_runtime_token", evacuator.wrap_tokens)
 
     return [
-        to_devices, between_devices, many_arrays, wrapping, exchange, array_methods, array_properties, pointers,
-        deletion, pending_effects,
+        to_devices, between_devices, many_arrays, wrapping, exchange, assigned_arrays, array_methods, array_properties,
+        pointers, deletion, pending_effects,
     ]  # fmt: skip
 
 
@@ -138,6 +149,14 @@ def _concerns(value: Any) -> bool:
         return devices is not None and devices[0].platform in GATED
     except (IndexError, TypeError):
         return False
+
+
+def _of_assigned(original: Any) -> Any:
+    @like(original)
+    def read(self: Any) -> Any:
+        return original(as_assigned(self))
+
+    return read
 
 
 def _gated_property(original: property) -> property:
