@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import re
 import weakref
 from typing import Any
@@ -212,6 +213,18 @@ def patch_saved_tensor_hooks(patches: Patches) -> None:
     patches.set(kind, "__enter__", __enter__)
 
 
+def patch_gc_freeze(patches: Patches) -> None:
+    """gc.freeze() hides what exists from a search through the collector's lists."""
+    original = gc.freeze
+
+    @functools.wraps(original)
+    def freeze() -> None:
+        reach.remember()
+        original()
+
+    patches.set(gc, "freeze", freeze)
+
+
 # --- optimizers -----------------------------------------------------------------------------------------------------
 
 
@@ -286,6 +299,7 @@ STEPS = (
     patch_engine,
     patch_backward,
     patch_saved_tensor_hooks,
+    patch_gc_freeze,
     patch_optimizer_step,
     patch_optimizer_state,
     patch_gradient_tools,

@@ -62,6 +62,15 @@ def obstacle(storages: Iterable[Any]) -> str | None:
     return None
 
 
+_frozen: list[weakref.ref[Any]] = []
+
+
+def remember() -> None:
+    """gc.freeze() is about to take everything that exists out of the lists in which find_storages() looks."""
+    kinds = _subclasses(_Tensor) | _subclasses(torch.jit.ScriptModule) | {_Storage}
+    _frozen.extend(map(weakref.ref, _instances(kinds)))
+
+
 # --- what there is --------------------------------------------------------------------------------------------------
 
 
@@ -70,7 +79,8 @@ def find_storages() -> list[Any]:
     found: dict[int, Any] = {}
     with torch._C.DisableTorchFunctionSubclass():
         kinds, scripted = _subclasses(_Tensor), _subclasses(torch.jit.ScriptModule)
-        things = _instances(kinds | scripted | {_Storage})
+        wanted = kinds | scripted | {_Storage}
+        things = _instances(wanted) + [thing for thing in [ref() for ref in _frozen] if thing is not None]
         tensors = [thing for thing in things if type(thing) in kinds]
         storages = [thing for thing in things if type(thing) is _Storage]
         for thing in things:
