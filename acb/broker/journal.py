@@ -1,4 +1,4 @@
-"""What the next broker must know if this one dies: its options, and which processes were its clients.
+"""What the next broker must know if this one ends before its clients: its options, and which processes they are.
 
 One small JSON file beside the socket, replaced as a whole when a client comes or goes, never on the way of a lease.
 """
@@ -64,7 +64,7 @@ class Journal:
             self._write_if_possible()
 
     def remove(self) -> None:
-        """The broker has ended in order: there is nothing to survive."""
+        """The broker has ended, and its clients before it: there is nothing to tell."""
         self.path.unlink(missing_ok=True)
 
     def _write_if_possible(self) -> None:

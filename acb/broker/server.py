@@ -94,7 +94,7 @@ class Server:
     # --- life ------------------------------------------------------------------------------------------------------
 
     def serve(self) -> None:
-        """Run until a SIGTERM, a SIGINT or a client's AskStop. Leaves nothing behind."""
+        """Run until a signal to end or a client's AskStop. Leaves nothing behind but, to clients, the journal."""
         wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_write)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -147,7 +147,8 @@ class Server:
             referee.set_holders(None)
         self._listener.close()
         self._path.unlink(missing_ok=True)
-        self._journal.remove()
+        if not self._core.clients:  # else they keep what they hold, and the next broker must know of them
+            self._journal.remove()
 
     def _timeout(self) -> float | None:
         return None if self._recover_until is None else 0.05

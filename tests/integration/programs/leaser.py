@@ -356,6 +356,8 @@ def hold(*steps: str) -> None:
 
 
 def release() -> None:
+    """Go on, and hold no further step."""
+    mine().holds.clear()
     mine().go_on.set()
 
 
