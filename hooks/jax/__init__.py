@@ -17,8 +17,9 @@ def install(module: Any) -> None:
 
 def _install(module: Any) -> None:
     from acb.client import runtime
-    from acb.hooks.jax import environment, gate, simulated, simulated_work, transfers
+    from acb.hooks.jax import environment, gate, misses, simulated, simulated_work, transfers
     from acb.hooks.jax.evacuator import JaxEvacuator
+    from acb.hooks.jax.fastpath import FastPath
     from acb.hooks.jax.internals import Internals, apply
     from acb.hooks.jax.ledger import Ledger
 
@@ -29,7 +30,7 @@ def _install(module: Any) -> None:
     if getattr(module, "_acb_installed", False):
         return
     module._acb_installed = True
-    fast_path = gate.FastPath(internals)
+    fast_path = FastPath(internals)
     if client.simulated is not None and simulated.wanted():
         ledger = Ledger(internals)
         fast_path.never = True
@@ -39,7 +40,7 @@ def _install(module: Any) -> None:
     else:
         environment.prepare()
         evacuator = JaxEvacuator(internals)
-    apply(gate.miss_patches(fast_path), internals)
+    apply(misses.patches(fast_path), internals)
     if not client.gating:
         return
     apply([*gate.patches(fast_path), *transfers.patches(evacuator)], internals)

@@ -29,7 +29,6 @@ _METHODS = (
     "on_device_size_in_bytes",
     "_rewrap_with_aval_and_sharding",
     "_replace_with",
-    "__init__",
 )
 _PROPERTIES = ("_arrays", "_pjrt_layout", "layout", "traceback")
 _POINTERS = ("unsafe_buffer_pointer", "__cuda_array_interface__")
@@ -45,7 +44,6 @@ def patches(evacuator: JaxEvacuator) -> list[Callable[[Internals], None]]:
             return in_region(again_with_more_room(original), _put_concerns)
 
         replace(internals.xla_client, "batched_device_put", put)
-        replace(internals.pxla, "batched_device_put", lambda original: in_region(original, _put_concerns))
 
     def between_devices(internals: Internals) -> None:
         def copy(original: Any) -> Any:
@@ -92,6 +90,10 @@ def patches(evacuator: JaxEvacuator) -> list[Callable[[Internals], None]]:
             if name in vars(internals.ArrayImpl):
                 replace(internals.ArrayImpl, name, lambda original: in_region(original, _self_concerns))
 
+    def construction(internals: Internals) -> None:
+        """An array made of others; it has nothing yet that could be asked for its device."""
+        replace(internals.ArrayImpl, "__init__", lambda original: in_region(original, _new_concerns))
+
     def array_properties(internals: Internals) -> None:
         for name in _PROPERTIES:
             if isinstance(vars(internals.ArrayImpl).get(name), property):
@@ -114,13 +116,17 @@ def patches(evacuator: JaxEvacuator) -> list[Callable[[Internals], None]]:
         replace(internals.dispatch.RuntimeTokenSet, "set_output_runtime_token", evacuator.wrap_tokens)
 
     return [
-        to_devices, between_devices, many_arrays, wrapping, exchange, assigned_arrays, array_methods, array_properties,
-        pointers, deletion, pending_effects,
+        to_devices, between_devices, many_arrays, wrapping, exchange, assigned_arrays, array_methods, construction,
+        array_properties, pointers, deletion, pending_effects,
     ]  # fmt: skip
 
 
 def _self_concerns(self: Any, *args: Any, **kwargs: Any) -> bool:
     return on_gated(self) or any(map(_concerns, args))
+
+
+def _new_concerns(self: Any, *args: Any, **kwargs: Any) -> bool:
+    return any(map(_concerns, args)) or any(map(_concerns, kwargs.values()))
 
 
 def _put_concerns(aval: Any, sharding: Any, xs: Any, devices: Any, *rest: Any, **kwargs: Any) -> bool:
