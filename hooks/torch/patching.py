@@ -18,6 +18,8 @@ class Patches:
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute of a module or a class."""
         before = vars(owner).get(name, _MISSING)
+        if before is _MISSING and isinstance(owner, ModuleType):
+            before = getattr(owner, name, _MISSING)  # PyTorch's modules of settings keep them elsewhere
         setattr(owner, name, value)
         self._changes.append((owner, name, before))
 

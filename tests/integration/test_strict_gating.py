@@ -20,7 +20,7 @@ ASSIGNER = [sys.executable, "-m", "acb.cli.gpu_assigner"]
 @pytest.fixture
 def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
     """A broker of its own that preempts at once, with a simulated GPU."""
-    variables = {k: v for k, v in os.environ.items() if not k.startswith("ACB_")}
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("ACB_", "JAX_"))}
     variables |= {"ACB_RUNTIME_DIR": str(tmp_path / "rt"), "OMP_NUM_THREADS": "1", "ACB_BROKER": "require"}
     start = [*ASSIGNER, "start", "--simulate-gpus", "1x64MiB", "--quantum", "0"]
     subprocess.run(start, env=variables, check=True, timeout=60)
