@@ -64,7 +64,8 @@ class gpu:
     def __call__(self, function: F) -> F:
         import inspect
 
-        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+        if any(is_kind(function) for is_kind in kinds):
             raise TypeError(
                 f"{function.__qualname__} is a coroutine or generator function, which does its work after the call; "
                 f"write `with acb.gpu():` around the GPU work inside it"

@@ -54,13 +54,17 @@ def _patch_sleep() -> None:
     marked = _marked(original)
 
     @functools.wraps(original)
-    def sleep(seconds: float, /) -> None:
-        if seconds >= SHORT_SLEEP:
-            marked(seconds)
+    def sleep(*args: Any, **kwargs: Any) -> None:
+        try:
+            is_long = args[0] >= SHORT_SLEEP
+        except Exception:  # the original says what is wrong
+            is_long = False
+        if is_long:
+            marked(*args, **kwargs)
         else:
-            original(seconds)
+            original(*args, **kwargs)
 
-    time.sleep = sleep  # type: ignore[assignment]
+    time.sleep = sleep
 
 
 def _patch_subprocess() -> None:

@@ -61,7 +61,12 @@ def _patch_start_new_thread() -> None:
     original = _thread.start_new_thread
 
     @functools.wraps(original)
-    def start_new_thread(function: Callable[..., Any], args: tuple[Any, ...], *rest: Any) -> int:
+    def start_new_thread(*args: Any, **kwargs: Any) -> int:
+        if len(args) < 2 or not callable(args[0]):
+            return original(*args, **kwargs)  # which says what is wrong
+        function = args[0]
+
+        @functools.wraps(function)
         def begin(*a: Any, **k: Any) -> Any:
             _run(_at_start)
             try:
@@ -69,6 +74,6 @@ def _patch_start_new_thread() -> None:
             finally:
                 _run(_at_end)
 
-        return original(begin, args, *rest)
+        return original(begin, *args[1:], **kwargs)
 
     _thread.start_new_thread = start_new_thread

@@ -1,0 +1,170 @@
+"""The machine's GPUs behind a fake NVML: what a job may use, and what becomes of a driver that does not answer."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from acb.broker.core import Gpu
+from acb.cli.gpu_assigner import pool
+from acb.config import ConfigError
+from acb.devices import nvml
+from acb.devices.nvml import Device, NvmlError, visible
+
+UUIDS = ["GPU-aaaa1111", "GPU-aaaa2222", "GPU-bbbb3333", "GPU-cccc4444"]
+FOUR = [Device(n, uuid, "H200", 1 << 37) for n, uuid in enumerate(UUIDS)]
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        (None, [0, 1, 2, 3]),
+        ("", []),
+        ("0", [0]),
+        ("2,0", [2, 0]),
+        (" 1 , 3 ", [1, 3]),
+        ("GPU-bbbb3333", [2]),
+        ("GPU-b", [2]),
+        ("GPU-cccc4444,0,GPU-b", [3, 0, 2]),
+        ("GPU-a", []),  # two begin so
+        ("GPU-a,1", []),
+        ("1,GPU-zzz,2", [1]),  # what names nothing ends the list, as in CUDA
+        ("0,9,1", [0]),
+        ("-1", []),
+        ("0,-1,1", [0]),
+        ("0,0", [0]),
+        ("0,GPU-aaaa1", [0]),
+        ("MIG-17", []),
+        ("NoDevFiles", []),
+        ("bbbb", []),
+        ("1,", [1]),
+        (",1", []),
+    ],
+)
+def test_cuda_visible_devices_is_read_as_cuda_does(setting: str | None, expected: list[int]) -> None:
+    seen = visible(FOUR, setting)
+    assert [device.uuid for device in seen] == [UUIDS[n] for n in expected]
+    assert [device.ordinal for device in seen] == list(range(len(expected)))  # as the job sees them
+
+
+class FakeNvml(ModuleType):
+    """As much of pynvml as is used."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, names: list[object], *, fails: str = "", lost: tuple[int, ...] = ()) -> None:
+        super().__init__("pynvml")
+        self.names, self.fails, self.lost = names, fails, lost
+        self.open = 0
+
+    def _maybe_fail(self, what: str) -> None:
+        if self.fails == what:
+            raise self.NVMLError(what)
+
+    def nvmlInit(self) -> None:
+        self._maybe_fail("init")
+        self.open += 1
+
+    def nvmlShutdown(self) -> None:
+        self.open -= 1
+
+    def nvmlDeviceGetCount(self) -> int:
+        self._maybe_fail("count")
+        return len(self.names)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        if index in self.lost:
+            raise self.NVMLError("GPU is lost")
+        return index
+
+    def nvmlDeviceGetUUID(self, handle: int) -> object:
+        return UUIDS[handle].encode() if isinstance(self.names[handle], bytes) else UUIDS[handle]
+
+    def nvmlDeviceGetName(self, handle: int) -> object:
+        return self.names[handle]
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:
+        return SimpleNamespace(total=(handle + 1) << 30)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> type[FakeNvml]:
+    """Put one in the place of pynvml by making it."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    class Installed(FakeNvml):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+            monkeypatch.setitem(sys.modules, "pynvml", self)
+
+    return Installed
+
+
+def test_devices_are_found(driver: type[FakeNvml], monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = driver([b"Tesla V100", "H200"])
+    found = nvml.devices()
+    assert found == [Device(0, UUIDS[0], "Tesla V100", 1 << 30), Device(1, UUIDS[1], "H200", 2 << 30)]
+    assert fake.open == 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert nvml.devices() == [Device(0, UUIDS[1], "H200", 2 << 30)]
+
+
+def test_a_lost_gpu_costs_the_others_nothing(driver: type[FakeNvml]) -> None:
+    fake = driver(["a", "b", "c"], lost=(1,))
+    assert [device.ordinal for device in nvml.devices()] == [0, 2]
+    fake.lost = (0, 1, 2)
+    with pytest.raises(NvmlError, match="GPU is lost"):
+        nvml.devices()
+    assert fake.open == 0
+
+
+@pytest.mark.parametrize(("fails", "words"), [("init", "no NVIDIA GPU can be used"), ("count", "does not answer")])
+def test_a_driver_that_fails_is_named(driver: type[FakeNvml], fails: str, words: str) -> None:
+    fake = driver([], fails=fails)
+    with pytest.raises(NvmlError, match=words):
+        nvml.devices()
+    assert fake.open == 0
+
+
+def test_without_its_python_module_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(NvmlError, match="nvidia-ml-py is not installed"):
+        nvml.devices()
+
+
+# --- the broker's GPUs ------------------------------------------------------------------------------------------------
+
+
+def test_a_pool_of_all_or_of_those_chosen(driver: type[FakeNvml]) -> None:
+    driver(["a", "b", "c"])
+    everything = pool.real(None)
+    assert everything.gpus == [Gpu(n, (n + 1) << 30, UUIDS[n]) for n in range(3)]
+    assert everything.description == "a (1GiB), b (2GiB), c (3GiB)"
+    assert pool.real(["all"]).gpus == everything.gpus
+    assert [gpu.ordinal for gpu in pool.real(["2", UUIDS[0]]).gpus] == [2, 0]
+    assert everything.environment == {}
+
+
+@pytest.mark.parametrize("chosen", [["3"], ["0", "GPU-x"], ["-1"], ["GPU-a"]])
+def test_unknown_gpus_are_refused_with_those_there_are(driver: type[FakeNvml], chosen: list[str]) -> None:
+    driver(["a", "b"])
+    with pytest.raises(ConfigError) as caught:
+        pool.real(chosen)
+    assert caught.value.status == 65
+    assert chosen[-1] in str(caught.value)
+    assert UUIDS[1] in str(caught.value)
+
+
+def test_no_gpu_at_all_is_a_status_of_its_own(driver: type[FakeNvml], monkeypatch: pytest.MonkeyPatch) -> None:
+    driver(["a"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match="simulate one") as caught:
+        pool.real(None)
+    assert caught.value.status == 69
+    driver([], fails="init")
+    with pytest.raises(ConfigError, match="simulate one") as caught:
+        pool.real(["0"])
+    assert caught.value.status == 69
