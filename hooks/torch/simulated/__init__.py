@@ -75,8 +75,22 @@ def uninstall() -> None:
     from acb.hooks.torch.simulated import dispatch
 
     dispatch.leave()
-    _state.patches.undo()
+    _undo(_state.patches)
     _state = None
+
+
+def _undo(patches: Any) -> None:
+    """Undo all patches, also in TorchScript's table of functions that it knows, by their addresses."""
+    import torch.jit._builtins as builtins
+
+    modules = builtins._modules_containing_builtins
+    before = [dict(vars(module)) for module in modules]
+    patches.undo()
+    for module, functions in zip(modules, before, strict=True):
+        for name, function in functions.items():
+            original = vars(module).get(name)
+            if original is not function and builtins._builtin_table and id(function) in builtins._builtin_table:
+                builtins._builtin_table[id(original)] = builtins._builtin_table.pop(id(function))
 
 
 def current_ledger() -> Any:

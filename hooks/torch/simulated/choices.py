@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from acb.hooks.torch.patching import Patches
-from acb.hooks.torch.simulated.compute import CPU
+from acb.hooks.torch.simulated.compute import CPU, CUDA
 from acb.hooks.torch.simulated.ledger import Ledger
 from acb.hooks.torch.simulated.tensors import device_of
 
@@ -123,6 +123,25 @@ def patch_ctc_loss(patches: Patches, ledger: Ledger) -> None:
     patches.set(torch, "ctc_loss", ctc_loss)
 
 
+def patch_profiler(patches: Patches, ledger: Ledger) -> None:
+    """Profiles asked for the GPU have the CPU's part alone: there is nothing in C++ to record the other."""
+    kind: Any = torch.autograd.profiler.profile
+    original = kind.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("use_device") == "cuda":
+            kwargs["use_device"] = None
+        original(self, *args, **kwargs)
+
+    patches.set(kind, "__init__", __init__)
+
+
+def patch_data_parallel(patches: Patches, ledger: Ledger) -> None:
+    """torch.nn.DataParallel, which has one GPU to spread a batch over."""
+    patches.set(torch._C, "_scatter", lambda tensor, devices, sizes, dim, streams: (tensor.to(CUDA),))
+
+
 def patch_pinning_threads(patches: Patches, ledger: Ledger) -> None:
     """The thread that pins batches asks for one computing thread, which later threads of the program would take over.
 
@@ -150,4 +169,6 @@ STEPS = (
     patch_script_load,
     patch_ctc_loss,
     patch_pinning_threads,
+    patch_profiler,
+    patch_data_parallel,
 )

@@ -8,6 +8,7 @@ asked for is told apart by the `pin_memory` argument, which Python's bindings al
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,6 +91,8 @@ def compute(ledger: Ledger, func: Any, operation: Operation, args: Any, kwargs: 
     if not to_card and not explicit:
         to_card = on_card
     if not on_card and not to_card:
+        if operation.random and kwargs:
+            _check_generator(kwargs.get("generator"), False)
         out = func(*args, **kwargs)
         if pinned:
             pin(out)
@@ -100,10 +103,14 @@ def compute(ledger: Ledger, func: Any, operation: Operation, args: Any, kwargs: 
         if not to_card:
             return func(*args, **kwargs)
     elif on_card:
+        if operation.indexes:
+            _check_index(ledger, args[0])
         if found.hosts is not None:
             _check_hosts(ledger, operation, found.hosts)
         if operation.written:
             _check_written(ledger, operation, args)
+    if operation.random and kwargs:
+        _check_generator(kwargs.get("generator"), to_card)
     if device is not None and operation.factory:
         _check_size(ledger, args, kwargs)
     out = run(ledger, func, operation, args, kwargs)
@@ -195,6 +202,38 @@ def _check_hosts(ledger: Ledger, operation: Operation, hosts: list[Any]) -> None
             take_aboard(ledger, tensor)
         elif not operation.mixes and not _is_meta(tensor):
             raise _mixed(operation)
+
+
+def _check_index(ledger: Ledger, indexed: Any) -> None:
+    """Only what is on the card can be indexed by what is there."""
+    if ledger.entry(indexed) is None and not ledger.floats(indexed):
+        raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
+
+
+_cuda_generators: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+"""By the address of their C++ part: operations get Python objects of their own for it."""
+
+
+class CudaGenerator(torch._C.Generator):  # type: ignore[misc]
+    """A generator of random numbers that says it is the GPU's; the numbers are the CPU's."""
+
+    def __init__(self) -> None:
+        _cuda_generators[self._cdata] = self
+
+    @property
+    def device(self) -> Any:
+        """Where it says it is."""
+        return CUDA
+
+
+def _check_generator(generator: Any, on_card: bool) -> None:
+    """A generator serves its own device; PyTorch's default one is the simulated GPU's as well."""
+    if generator is None or generator._cdata == torch.default_generator._cdata:
+        return
+    if (generator._cdata in _cuda_generators) == on_card:
+        return
+    wanted, found = ("cuda", "cpu") if on_card else ("cpu", "cuda")
+    raise RuntimeError(f"Expected a '{wanted}' device type for generator but found '{found}'")
 
 
 def _check_written(ledger: Ledger, operation: Operation, args: Any) -> None:

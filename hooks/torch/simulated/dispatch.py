@@ -63,6 +63,9 @@ class SimulatedGPU(TorchDispatchMode):  # type: ignore[misc]
         _push_mode(self)
         try:
             if operation.kind == HIGHER_ORDER:
+                if operation.base == "cond":  # whose plain implementation refuses to run under a mode
+                    predicate, when_true, when_false, operands = args
+                    return (when_true if predicate else when_false)(*operands)
                 return func.py_kernels[torch._C.DispatchKey.CompositeExplicitAutograd](*args, **kwargs)
             return func.decompose(*args, **kwargs)
         finally:

@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function, has_torch
 
 from acb.hooks.torch.patching import Patches
 from acb.hooks.torch.simulated import dispatch
-from acb.hooks.torch.simulated.compute import CPU, CUDA
+from acb.hooks.torch.simulated.compute import CPU, CUDA, CudaGenerator
 from acb.hooks.torch.simulated.ledger import Ledger
 from acb.hooks.torch.simulated.tensors import LEGACY_DTYPES, device_of, legacy_type
 
@@ -181,15 +181,6 @@ def patch_ordinals(patches: Patches, ledger: Ledger) -> None:
 
 
 # --- generators -----------------------------------------------------------------------------------------------------
-
-
-class CudaGenerator(torch._C.Generator):  # type: ignore[misc]
-    """A generator of random numbers that says it is the GPU's; the numbers are the CPU's."""
-
-    @property
-    def device(self) -> Any:
-        """Where it says it is."""
-        return CUDA
 
 
 class _GeneratorType(type):

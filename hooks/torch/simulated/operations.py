@@ -50,7 +50,19 @@ _MADE_LIKE = frozenset(
 class Operation:
     """One operation: its name for people, its kind, and what its arguments may be."""
 
-    __slots__ = ("base", "factory", "kind", "like", "mixes", "name", "resizes", "takes_device", "written")
+    __slots__ = (
+        "base",
+        "factory",
+        "indexes",
+        "kind",
+        "like",
+        "mixes",
+        "name",
+        "random",
+        "resizes",
+        "takes_device",
+        "written",
+    )
 
     def __init__(self, func: Any) -> None:
         if not isinstance(func, torch._ops.OpOverload):
@@ -69,6 +81,8 @@ class Operation:
         out = any(argument.is_out for argument in arguments if argument.kwarg_only)
         self.takes_device = any(argument.name == "device" for argument in arguments)
         self.factory = self.takes_device and not any("Tensor" in str(argument.type) for argument in arguments)
+        self.random = any(argument.name == "generator" for argument in arguments)
+        self.indexes = base in ("index", "index_put", "index_put_", "_index_put_impl_")
         self.mixes = base in _MIXING
         self.resizes = out or base in _RESIZING
         self.like = base in _MADE_LIKE
