@@ -18,9 +18,9 @@ ASSUMED_BANDWIDTH = 8 << 30
 def choose_linger(gaps: Iterable[float], swap_seconds: float) -> float:
     """How long to keep an idle GPU, in seconds, when giving it up costs `swap_seconds` and pauses were as in `gaps`.
 
-    A pause g costs the others g when it is sat out, and the linger plus the swap when it is not; the choice is what would
-    have cost least over the given pauses. Knowing none, it is the swap's own cost, which is never more than twice the best
-    (the ski-rental rule: Karlin, Manasse, Rudolph, Sleator, "Competitive snoopy caching", 1988).
+    A pause g costs the others g when it is sat out, and the linger plus the swap when it is not; the choice is what
+    would have cost least over the given pauses. Knowing none, it is the swap's own cost, which is never more than twice
+    the best (the ski-rental rule: Karlin, Manasse, Rudolph, Sleator, "Competitive snoopy caching", 1988).
     """
     known = sorted(gap for gap in list(gaps) if gap > MIN_LINGER)  # a copy: the program's threads go on adding to it
     if not known:

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="protect a busy program for so long when others wait (default: ten times what swapping costs, 1 to 60 s)",
     )
     parser.add_argument("--foreground", action="store_true", help="stay in the foreground and log to stderr")
-    parser.add_argument("--recover", action="store_true", help="use the options of the broker before, if it has left clients")
+    parser.add_argument("--recover", action="store_true", help="use the options of a broker that left its clients")
     parser.add_argument("--log", metavar="FILE", type=Path, help=argparse.SUPPRESS)  # where to log once it runs
 
 
