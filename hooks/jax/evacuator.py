@@ -15,12 +15,10 @@ from typing import Any, NamedTuple
 
 from acb.client.evacuation import EvacuationError
 from acb.hooks.jax.hostmemory import require_host_memory
-from acb.hooks.jax.internals import GATED, Internals, like, moving, on_gated, repoint
+from acb.hooks.jax.internals import GATED, Internals, in_device_memory, like, moving, on_gated, repoint
 from acb.hooks.jax.ledger import Ledger
 from acb.hooks.jax.pool import check_pool, trim_pool
 from acb.hooks.jax.room import out_of_memory
-
-_HOST_MEMORY = {"pinned_host", "unpinned_host"}
 
 
 class _Buffer:
@@ -121,7 +119,7 @@ class JaxEvacuator:
             for backend in self._internals.backends()
             if backend.platform in GATED
             for array in backend.live_arrays()
-            if not self._is_deleted(array) and _in_device_memory(array)
+            if not self._is_deleted(array) and in_device_memory(array)
         ]
 
     # --- away -------------------------------------------------------------------------------------------------------
@@ -323,14 +321,6 @@ def _memory_stats(device: Any) -> dict[str, int]:
         return device.memory_stats() or {}
     except (RuntimeError, AttributeError):
         return {}
-
-
-def _in_device_memory(array: Any) -> bool:
-    """Whether an array is in its device's own memory, not in host memory that the device can reach."""
-    kind = getattr(array._sharding, "memory_kind", None)
-    if kind not in _HOST_MEMORY:
-        return True
-    return bool(array._sharding._internal_device_list[0].default_memory().kind == kind)
 
 
 def _to_host(shard: Any) -> Any:

@@ -40,8 +40,9 @@ _CALLS_OTHERS = {
 @functools.cache
 def _harmless_roots() -> tuple[str, ...]:
     """Directories whose code calls no compiled function of jax by itself: the standard library's and acb's."""
-    acb = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    return (sysconfig.get_paths()["stdlib"] + os.sep, acb + os.sep)
+    import acb
+
+    return (sysconfig.get_paths()["stdlib"] + os.sep, os.path.dirname(os.path.abspath(acb.__file__)) + os.sep)
 
 
 def _harmless(filename: str, function: str) -> bool:

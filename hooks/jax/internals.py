@@ -116,6 +116,17 @@ def on_simulated(value: Any) -> bool:
         return False
 
 
+_HOST_MEMORY = {"pinned_host", "unpinned_host"}
+
+
+def in_device_memory(array: Any) -> bool:
+    """Whether an array is in its device's own memory, not in host memory that the device can reach."""
+    kind = getattr(array._sharding, "memory_kind", None)
+    if kind not in _HOST_MEMORY:
+        return True
+    return bool(array._sharding._internal_device_list[0].default_memory().kind == kind)
+
+
 def on_gated(value: Any) -> bool:
     """Whether a jax array lies, or lay before it was evacuated, on a gated platform. Anything else: no."""
     try:

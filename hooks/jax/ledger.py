@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from acb.client import runtime
-from acb.hooks.jax.internals import Internals, on_simulated
+from acb.hooks.jax.internals import Internals, in_device_memory, on_simulated
 
 if TYPE_CHECKING:
     from acb.devices.simulated import Card
@@ -42,12 +42,11 @@ class Ledger:
         self._size = array["on_device_size_in_bytes"]
         self._shards = array["_arrays"].fget
         self._is_deleted = array["is_deleted"]
-        self._card: Card | None = None
-        self._opening = threading.Lock()
         self.forget()
 
     def forget(self) -> None:
-        """In a forked child: it holds nothing."""
+        """In a forked child: it holds nothing, and may be bound to another card."""
+        self._card: Card | None = None
         self._opening = threading.Lock()
         self._charges: dict[int, _Charge] = {}
         self._arrays: dict[int, tuple[weakref.ref[Any], list[_Charge]]] = {}
@@ -151,7 +150,7 @@ class Ledger:
 
     def _on_card(self, array: Any) -> list[Any]:
         """The array's single-device parts on simulated devices."""
-        if self._is_deleted(array) or not on_simulated(array):
+        if self._is_deleted(array) or not on_simulated(array) or not in_device_memory(array):
             return []
         return list(self._shards(array))
 
@@ -189,10 +188,7 @@ class Ledger:
     def audit(self) -> None:
         """Compare with all live arrays: charge what was overlooked, give back what is not there any more."""
         live: list[Any] = [
-            array
-            for backend in self._internals.backends()
-            for array in backend.live_arrays()
-            if not self._is_deleted(array) and on_simulated(array)
+            array for backend in self._internals.backends() for array in backend.live_arrays() if self._on_card(array)
         ]
         there = {self._pointer(shard) for array in live for shard in self._shards(array) if self._size(shard)}
         for charge in list(self._charges.values()):

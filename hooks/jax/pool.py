@@ -35,17 +35,32 @@ def check_pool(device: Any) -> None:
 
 
 def trim_pool() -> None:
-    """Give what CUDA's default pools keep on this process's current device back to the driver; nothing without CUDA."""
+    """Give what CUDA's default pools keep, on devices that this process uses, back to the driver."""
     if os.environ.get(VARIABLE) != "cuda_async":
         return
     with contextlib.suppress(OSError, AttributeError):
         cuda = ctypes.CDLL("libcuda.so.1")
         count = ctypes.c_int()
-        if cuda.cuDeviceGetCount(ctypes.byref(count)):
-            return
-        for ordinal in range(count.value):
-            device, pool = ctypes.c_int(), ctypes.c_void_p()
-            if cuda.cuDeviceGet(ctypes.byref(device), ordinal) == 0 and (
-                cuda.cuDeviceGetDefaultMemPool(ctypes.byref(pool), device) == 0
-            ):
-                cuda.cuMemPoolTrimTo(pool, ctypes.c_size_t(0))
+        if cuda.cuDeviceGetCount(ctypes.byref(count)) == 0:
+            for ordinal in range(count.value):
+                _trim(cuda, ordinal)
+
+
+def _trim(cuda: Any, ordinal: int) -> None:
+    """Trim one device's pool; freed memory is in it only once the device has come to the point where it was freed."""
+    device, flags, active = ctypes.c_int(), ctypes.c_uint(), ctypes.c_int()
+    context, pool = ctypes.c_void_p(), ctypes.c_void_p()
+    if cuda.cuDeviceGet(ctypes.byref(device), ordinal) or cuda.cuDevicePrimaryCtxGetState(
+        device, ctypes.byref(flags), ctypes.byref(active)
+    ):
+        return
+    if not active.value or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device):
+        return
+    try:
+        if cuda.cuCtxPushCurrent_v2(context) == 0:
+            cuda.cuCtxSynchronize()
+            cuda.cuCtxPopCurrent_v2(ctypes.byref(context))
+        if cuda.cuDeviceGetDefaultMemPool(ctypes.byref(pool), device) == 0:
+            cuda.cuMemPoolTrimTo(pool, ctypes.c_size_t(0))
+    finally:
+        cuda.cuDevicePrimaryCtxRelease_v2(device)

@@ -10,7 +10,7 @@ from acb.client import runtime
 from acb.hooks.jax.internals import like, thread
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_ASKED = re.compile(r"allocate\s+([\d.]+)\s*(?:([KMGT])i?)?(?:B|bytes)", re.IGNORECASE)
+_ASKED = re.compile(r"allocat(?:e|ing)\s+([\d.]+)\s*(?:([KMGT])i?)?(?:B|bytes)", re.IGNORECASE)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -64,7 +64,9 @@ def patches(ledger: Ledger) -> list[Callable[[Internals], None]]:
                     for x, nbytes in zip(xs, sizes, strict=False):
                         if on_simulated(x) is not to_card:
                             ledger.card.copied(nbytes)
-                    result = original(aval, sharding, _unshared(xs) if to_card else xs, devices, *rest, **named)
+                    result = original(
+                        aval, sharding, _unshared(xs) if to_card and not thread.moves else xs, devices, *rest, **named
+                    )
                     result.block_until_ready()
                     born.append(result)
                 return result

@@ -288,3 +288,14 @@ def test_flipping_compiles_nothing_and_brings_the_fast_path_back() -> None:
 
 def test_threads_evacuated_in_the_middle_go_on_as_if_nothing_had_happened() -> None:
     assert run(THREADS) == []
+
+
+def test_a_program_on_the_cpu_alone_is_left_alone() -> None:
+    program = """
+internals.GATED.discard("cpu")
+f = jax.jit(lambda a: a * 2)
+x = jnp.ones(3)
+f(x); f(x)
+print(json.dumps([np.asarray(f(x) + x).tolist(), asked.is_set(), len(entered), gate.closed, evacuator.resident()]))
+"""
+    assert run(program) == [[3, 3, 3], False, 0, True, 0]
