@@ -174,9 +174,8 @@ def patch_ordinals(patches: Patches, ledger: Ledger) -> None:
         patches.replace(_Tensor, name, lambda original: functools.wraps(original)(make(original)))
     # Where PyTorch's default device looks up who takes a device: both the function and what it calls.
     constructors: Any = getattr(_device, "_device_constructors", None)
-    if hasattr(constructors, "cache_clear"):
-        constructors.cache_clear()
-        known = set(constructors()) | originals
+    if constructors is not None:
+        known = set(getattr(constructors, "__wrapped__", constructors)()) | originals  # past its cache
         patches.set(_device, "_device_constructors", lambda: known)
 
 

@@ -49,6 +49,7 @@ class Ledger:
         self.ooms = 0
         self.fraction = 1.0
         self.lost = False  # whether this process was forked from one that used the card
+        self._connecting = threading.Lock()
         self._provider = card_provider
         self._description = description
         self._card: Card | None = None
@@ -66,8 +67,9 @@ class Ledger:
 
     def connect(self) -> None:
         """Get the card; called while CUDA is being initialised."""
-        if self._card is None:
-            self._card = self._provider()
+        with self._connecting:
+            if self._card is None:
+                self._card = self._provider()
 
     def description(self) -> Card:
         """A card to read capacity and use from, without using it."""
@@ -81,6 +83,7 @@ class Ledger:
         """In a forked child: what the parent has on the card is not the child's to use, or to free."""
         self.lost = self.lost or self._card is not None
         self._card = None
+        self._connecting = threading.Lock()
         for entry in self.entries.values():
             entry.nbytes = 0
             entry.state = LOST
