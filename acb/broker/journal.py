@@ -11,16 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-
-def start_time(pid: int) -> int | None:
-    """When the process began, in clock ticks since boot; None when there is no such process. Tells reused pids
-    apart."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return None
-    fields = stat[stat.rindex(b")") + 2 :].split()  # the name before may hold anything
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+from acb.processes import start_time
 
 
 class Journal:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from acb import processes
 from acb._version import __version__
 from acb.broker.core import Broker, Client, Gpu, Send
 from acb.broker.journal import Journal
@@ -88,6 +89,7 @@ class Server:
         self._stopping = False
         self._recover_until: float | None = None
         self._holders: list[set[int] | None] = [None for _ in gpus]  # as the referees were told; None: not yet
+        self._ending: dict[int, Connection] = {}  # by a descriptor that tells of the end of a client's process
         self._full = False  # no further connection can be accepted
         self._listener = self._listen()
 
@@ -113,6 +115,8 @@ class Server:
                         self._readable(connection)
                     elif descriptor == self._listener.fileno():
                         self._accept()
+                    elif descriptor in self._ending:
+                        self._ended(descriptor)
                     elif descriptor == wake_read:
                         os.read(wake_read, 4096)
                     # Else it was closed on behalf of an earlier one of these.
@@ -147,7 +151,7 @@ class Server:
             referee.set_holders(None)
         self._listener.close()
         self._path.unlink(missing_ok=True)
-        if not self._core.clients:  # else they keep what they hold, and the next broker must know of them
+        if not self._journal.survivors():  # else they keep what they hold, and the next broker must know of them
             self._journal.remove()
 
     def _timeout(self) -> float | None:
@@ -237,8 +241,22 @@ class Server:
             self._full = False
             self._poller.register(self._listener, select.EPOLLIN)
         if connection.id in self._core.clients:
-            self._journal.went(connection.pid)
-            self._deliver(self._core.gone(connection.id, time.monotonic()))
+            descriptor = processes.ending(connection.pid)
+            if descriptor is None:
+                self._forget(connection)
+            else:  # what it has on the GPU is only free when it has ended altogether
+                self._ending[descriptor] = connection
+                self._poller.register(descriptor, select.EPOLLIN)
+
+    def _ended(self, descriptor: int) -> None:
+        connection = self._ending.pop(descriptor)
+        self._poller.unregister(descriptor)
+        os.close(descriptor)
+        self._forget(connection)
+
+    def _forget(self, connection: Connection) -> None:
+        self._journal.went(connection.pid)
+        self._deliver(self._core.gone(connection.id, time.monotonic()))
 
     # --- messages --------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,8 @@ import struct
 import tempfile
 from pathlib import Path
 
+from acb.processes import start_time
+
 MAGIC = int.from_bytes(b"acbcard\0", "little")
 VERSION = 1
 
@@ -178,16 +180,6 @@ class CardFile:
         """What add_violation() recorded: pid, time, holders (the first eight), operation."""
         pid, time_s, count, *rest = VIOLATION.unpack_from(self.raw, VIOLATIONS * 8 + index * VIOLATION.size)
         return pid, time_s, tuple(rest[:count]), rest[8].rstrip(b"\0").decode("utf-8", "replace")
-
-
-def start_time(pid: int) -> int | None:
-    """When the process started, in clock ticks since boot (field 22 of /proc/PID/stat); None: it runs no more."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 def write_card(path: Path, ordinal: int, capacity: int, bandwidth: int, speed: float) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from broker_harness import MIB, FakeBroker, Site, wait_until
 
-from acb.broker.journal import start_time
+from acb.processes import start_time
 from acb.protocol import Goodbye, Welcome
 
 NOBODY = 65534

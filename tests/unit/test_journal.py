@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from acb.broker.journal import Journal, start_time
+from acb.broker.journal import Journal
+from acb.processes import start_time
 
 
 @pytest.fixture

@@ -1,0 +1,46 @@
+"""Which processes live: numbers are used again, and a process that ends is there for a while although it runs no more.
+
+Standard library only and light to import.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+
+_EXITING = 0x4  # PF_EXITING of the kernel's include/linux/sched.h: set before the process's files are closed
+
+
+def _stat(pid: int) -> list[bytes]:
+    """The fields of /proc/PID/stat (proc(5)) from the third one on; [] when there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()  # the name before may hold anything
+    except OSError:
+        return []
+
+
+def start_time(pid: int) -> int | None:
+    """When the process started, in clock ticks since boot; None: it runs no more, or is just ending."""
+    fields = _stat(pid)
+    if not fields or fields[0] in (b"Z", b"X") or int(fields[6]) & _EXITING:
+        return None
+    return int(fields[19])
+
+
+def ending(pid: int) -> int | None:
+    """A file descriptor that becomes readable when a process that is just ending has ended, with all that it held.
+
+    None: it has already, or it is not ending at all. (Its connections may be closed before its GPU memory is free.)
+    """
+    fields = _stat(pid)
+    if not fields or not (fields[0] in (b"Z", b"X") or int(fields[6]) & _EXITING):
+        return None
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:
+        return None
+    if select.select([descriptor], [], [], 0)[0]:
+        os.close(descriptor)
+        return None
+    return descriptor
