@@ -145,6 +145,9 @@ class Server:
     def _close(self) -> None:
         self._accept()  # who is just coming is to hear it too, or would start another broker
         for connection in list(self._connections.values()):
+            if connection.has_ended():
+                self._drop(connection)
+                continue
             connection.send(Goodbye(os.getpid()))
             connection.socket.close()
         for referee in self._referees:
@@ -355,6 +358,15 @@ class Connection:
         self.id = number
         self.socket = accepted
         self.pid = pid
+
+    def has_ended(self) -> bool:
+        """Whether the peer has closed it, and everything that it said before has been taken."""
+        try:
+            return not self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def send(self, message: Message) -> bool:
         """Send without waiting; False when the peer has let its buffer fill up."""
