@@ -50,6 +50,9 @@ NAME_LENGTH = 64
 REASON_LENGTH = 200
 """Characters, in the status, of why a client could not be evacuated."""
 
+LAST_WORDS = 16
+"""Packets that the broker still takes from each client when it ends."""
+
 LOG_LINES = 10_000
 """So much is logged in a broker's life: whoever floods it must not fill the disk."""
 
@@ -145,9 +148,10 @@ class Server:
     def _close(self) -> None:
         self._accept()  # who is just coming is to hear it too, or would start another broker
         for connection in list(self._connections.values()):
-            if connection.has_ended():
-                self._drop(connection)
-                continue
+            for _ in range(LAST_WORDS):  # it may have ended, too
+                if not self._readable(connection):
+                    break
+        for connection in list(self._connections.values()):
             connection.send(Goodbye(os.getpid()))
             connection.socket.close()
         for referee in self._referees:
@@ -358,15 +362,6 @@ class Connection:
         self.id = number
         self.socket = accepted
         self.pid = pid
-
-    def has_ended(self) -> bool:
-        """Whether the peer has closed it, and everything that it said before has been taken."""
-        try:
-            return not self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
 
     def send(self, message: Message) -> bool:
         """Send without waiting; False when the peer has let its buffer fill up."""
