@@ -16,38 +16,15 @@ from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
-from acb.config import SimulatedSpec, format_size
+from acb.config import SimulatedSpec
 from acb.devices import simulated_file as layout
-from acb.devices.simulated_file import CardError, CardFile
+from acb.devices.simulated_file import CardError, CardFile, CardOutOfMemory, Violation
 
 __all__ = ["Card", "CardError", "CardOutOfMemory", "Violation", "card_paths", "create_cards"]
 
 _SHORTEST_WAIT = 0.0005
 """Seconds: waits for the bus are gathered up to this, for the system's timer is no finer."""
-
-
-class CardOutOfMemory(Exception):
-    """The card has no room for `requested` bytes: `in_use` of its `capacity` are taken, by all processes together."""
-
-    def __init__(self, requested: int, in_use: int, capacity: int) -> None:
-        super().__init__(
-            f"the simulated GPU has no room for {format_size(requested)}: "
-            f"{format_size(in_use)} of {format_size(capacity)} are in use"
-        )
-        self.requested = requested
-        self.in_use = in_use
-        self.capacity = capacity
-
-
-class Violation(NamedTuple):
-    """An operation by process `pid` that did not hold the lease; `time_s` since the epoch, `holders` at most eight."""
-
-    pid: int
-    operation: str
-    time_s: float
-    holders: tuple[int, ...]
 
 
 def create_cards(directory: Path, spec: SimulatedSpec) -> list[Path]:

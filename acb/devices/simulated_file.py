@@ -15,7 +15,9 @@ import os
 import struct
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
+from acb.config import format_size
 from acb.processes import start_time
 
 MAGIC = int.from_bytes(b"acbcard\0", "little")
@@ -47,6 +49,28 @@ SIZE = WORDS * 8
 
 class CardError(Exception):
     """A simulated GPU cannot be made or used: one sentence for a person."""
+
+
+class CardOutOfMemory(Exception):
+    """The card has no room for `requested` bytes: `in_use` of its `capacity` are taken, by all processes together."""
+
+    def __init__(self, requested: int, in_use: int, capacity: int) -> None:
+        super().__init__(
+            f"the simulated GPU has no room for {format_size(requested)}: "
+            f"{format_size(in_use)} of {format_size(capacity)} are in use"
+        )
+        self.requested = requested
+        self.in_use = in_use
+        self.capacity = capacity
+
+
+class Violation(NamedTuple):
+    """An operation by process `pid` that did not hold the lease; `time_s` since the epoch, `holders` at most eight."""
+
+    pid: int
+    operation: str
+    time_s: float
+    holders: tuple[int, ...]
 
 
 class CardFile:
