@@ -18,6 +18,8 @@ import sysconfig
 import threading
 import time
 
+from acb.client import runtime
+
 LIMIT = 0.05
 """Seconds that the fence waits for a thread that stands still."""
 
@@ -40,9 +42,8 @@ _CALLS_OTHERS = {
 @functools.cache
 def _harmless_roots() -> tuple[str, ...]:
     """Directories whose code calls no compiled function of jax by itself: the standard library's and acb's."""
-    import acb
-
-    return (sysconfig.get_paths()["stdlib"] + os.sep, os.path.dirname(os.path.abspath(acb.__file__)) + os.sep)
+    acb = os.path.dirname(os.path.dirname(os.path.abspath(runtime.__file__)))
+    return (sysconfig.get_paths()["stdlib"] + os.sep, acb + os.sep)
 
 
 def _harmless(filename: str, function: str) -> bool:

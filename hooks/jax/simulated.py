@@ -6,12 +6,12 @@ arrays answer as a GPU's do. Its memory is the simulated card's (see ledger and 
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import os
 from collections.abc import Callable
 from typing import Any
 
+from acb.hooks.jax.hostbuffers import hide_memory
 from acb.hooks.jax.internals import (
     Internals,
     add_simulated,
@@ -139,7 +139,7 @@ def patches(ledger: Ledger) -> list[Callable[[Internals], None]]:
 
     def hidden_memory(internals: Internals) -> None:
         """A GPU's memory cannot be read through Python's buffer protocol."""
-        _without_buffer_protocol(internals.ArrayImpl)
+        hide_memory(internals.ArrayImpl)
 
     return [
         backend_factory, visible_gpu, backend_answers, device_answers, device_list_answers, array_answers, lowering,
@@ -232,14 +232,3 @@ def _lower_for_the_cpu(internals: Internals) -> None:
         return lower
 
     replace(internals.pxla, "lower_sharding_computation", make)
-
-
-_TP_AS_BUFFER = 160
-"""Where a type object of CPython 3.10 to 3.13 on a 64-bit machine points at its buffer functions."""
-
-
-def _without_buffer_protocol(kind: type) -> None:
-    """Take the C function that exposes an array's memory out of its type: NumPy asks ``__array__``, as on a GPU."""
-    functions = ctypes.c_void_p.from_address(id(kind) + _TP_AS_BUFFER)
-    if functions.value:
-        ctypes.c_void_p.from_address(functions.value).value = None

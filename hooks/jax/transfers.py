@@ -11,6 +11,7 @@ from typing import Any
 
 from acb.hooks.jax.evacuator import JaxEvacuator
 from acb.hooks.jax.gate import in_region
+from acb.hooks.jax.hostbuffers import hide_memory
 from acb.hooks.jax.internals import GATED, Internals, as_assigned, like, on_gated, replace
 from acb.hooks.jax.room import again_with_more_room
 
@@ -106,6 +107,11 @@ def patches(evacuator: JaxEvacuator) -> list[Callable[[Internals], None]]:
             if original is not None:
                 replace(internals.ArrayImpl, name, lambda original: _noted_pointer(original, evacuator))
 
+    def host_memory(internals: Internals) -> None:
+        """Where the CPU is gated; a real GPU's memory cannot be read that way."""
+        if "cpu" in GATED:
+            hide_memory(internals.ArrayImpl)
+
     def deletion(internals: Internals) -> None:
         """An evacuated array is not deleted as far as the program can see, and can be."""
         replace(internals.ArrayImpl, "is_deleted", evacuator.wrap_is_deleted)
@@ -117,7 +123,7 @@ def patches(evacuator: JaxEvacuator) -> list[Callable[[Internals], None]]:
 
     return [
         to_devices, between_devices, many_arrays, wrapping, exchange, assigned_arrays, array_methods, construction,
-        array_properties, pointers, deletion, pending_effects,
+        array_properties, pointers, host_memory, deletion, pending_effects,
     ]  # fmt: skip
 
 
