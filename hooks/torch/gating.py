@@ -20,39 +20,41 @@ Module: Any = torch.nn.Module
 
 # --- modules --------------------------------------------------------------------------------------------------------
 
-_first: dict[int, tuple[weakref.ref[Any], dict[str, Any], str]] = {}
+_places: dict[int, tuple[weakref.ref[Any], int, bool]] = {}
+_moves = 0  # how often modules have been moved: what is remembered of them is older then
+
+
+def module_gated(module: Any) -> bool:
+    """Whether a module's first parameter or buffer lies on a gated device; the answer is remembered.
+
+    Should it have become wrong behind PyTorch's back, the sentinel still sees every operation.
+    """
+    place = _places.get(id(module))
+    if place is not None and place[1] == _moves and place[0]() is module:
+        return place[2]
+    tensor = _first_tensor(module)
+    if tensor is None:
+        return False
+    gated, key = devices.on_gated(tensor), id(module)
+    _places[key] = (weakref.ref(module, lambda _: _places.pop(key, None)), _moves, gated)
+    return gated
 
 
 def _first_tensor(module: Any) -> Any:
-    """A module's first parameter or buffer, or None; where it was found is remembered."""
-    place = _first.get(id(module))
-    if place is not None and place[0]() is module:
-        tensor = place[1].get(place[2])
-        if tensor is not None:
-            return tensor
-    tensor, found = _search(module)
-    if found is not None:
-        key = id(module)
-        _first[key] = (weakref.ref(module, lambda _: _first.pop(key, None)), *found)
-    return tensor
-
-
-def _search(module: Any) -> tuple[Any, tuple[dict[str, Any], str] | None]:
-    """The first parameter or buffer of a module or of what it contains, and the dictionary and name that hold it."""
+    """The first parameter or buffer of a module or of what it contains; None: there is none."""
     for part in module.modules():
         for kind in ("_parameters", "_buffers"):
             held = part.__dict__.get(kind)
             if isinstance(held, dict):
-                for name, tensor in held.items():
+                for tensor in held.values():
                     if tensor is not None:
-                        return tensor, (held, name)
-    return next(module.parameters(), None), None  # a scripted module's are not in such dictionaries
+                        return tensor
+    return next(module.parameters(), None)  # a scripted module's are not in such dictionaries
 
 
 def module_touches(args: Any, kwargs: Any) -> bool:
     """Whether a call of the module ``args[0]`` surely uses a gated device: its first tensor or an argument does."""
-    tensor = _first_tensor(args[0])
-    return (tensor is not None and devices.on_gated(tensor)) or touches(args[1:], kwargs)
+    return module_gated(args[0]) or touches(args[1:], kwargs)
 
 
 def _outermost_call(module: Any, args: Any, kwargs: Any) -> Any:
@@ -62,8 +64,12 @@ def _outermost_call(module: Any, args: Any, kwargs: Any) -> Any:
     CPU does not wait for the GPU. A compiled module is opaque: under a mode it would compile again.
     """
     compiled = module._compiled_call_impl
+    implementation = compiled if compiled is not None else module._call_impl
+    place = _places.get(id(module))
+    if place is not None and place[2] and place[1] == _moves and place[0]() is module:
+        return run(implementation, args, kwargs)
     return run(
-        compiled if compiled is not None else module._call_impl,
+        implementation,
         args,
         kwargs,
         lambda args, kwargs: module_touches((module, *args), kwargs),
@@ -127,7 +133,21 @@ def patch_module_moves(patches: Patches) -> None:
 
     patches.replace(Module, "cuda", lambda original: gated(original, to_cuda, retried=True))
     patches.replace_all(Module, ("to", "to_empty"), lambda original: gated(original, moves, retried=True))
-    patches.replace(Module, "_apply", lambda original: gated(original, module_touches, retried=True))
+
+    def moving(original: Any) -> Any:
+        through_gate = gated(original, module_touches, retried=True)
+
+        @functools.wraps(original)
+        def _apply(*args: Any, **kwargs: Any) -> Any:
+            global _moves
+            try:
+                return through_gate(*args, **kwargs)
+            finally:
+                _moves += 1
+
+        return _apply
+
+    patches.replace(Module, "_apply", moving)
 
 
 def patch_module_state(patches: Patches) -> None:

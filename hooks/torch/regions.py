@@ -77,7 +77,7 @@ class Sentinel(TorchFunctionMode):  # type: ignore[misc]
         _used = True
         gate = _gate
         state.depth = 1
-        if gate.closed or gate.watched or here.bare:
+        if gate.closed or gate.watched:
             state.depth = 0
             return _slowly(func, args, kwargs or {})
         try:
@@ -86,10 +86,7 @@ class Sentinel(TorchFunctionMode):  # type: ignore[misc]
             if not repeatable(func):
                 raise
         finally:
-            gate.last_exit = monotonic()
-            state.depth = 0
-            if gate.watched:
-                gate._idle()
+            _leave(gate, state)
         return _slowly(func, args, kwargs or {})
 
 
@@ -240,7 +237,6 @@ def run(
     args: Any,
     kwargs: Any,
     needs_gate: Callable[[Any, Any], bool] | None = None,
-    *,
     retried: bool = False,
     opaque: bool = False,
 ) -> Any:
@@ -251,64 +247,72 @@ def run(
     before; any other goes on under the sentinel. A call to be retried that runs out of memory is tried again when the
     broker makes room.
     """
+    global _used
     thread = here
     state = thread.state
     if state.depth or (thread.kind and thread.exempt()):
         return func(*args, **kwargs)
-    sentinel = thread.sentinel
-    position = _stack_size() - 1
-    if position >= 0:
-        if _mode_at(position) is sentinel:
-            _pop_mode()
-        else:
-            position = -1  # under modes of the program's own it stays, and lets everything through
-            if needs_gate is not None:
-                needs_gate = _hidden(needs_gate)
+    gate, sentinel = _gate, thread.sentinel
+    if gate.closed or retried or opaque or _stack_size() != 1 or _mode_at(0) is not sentinel:
+        return _run_carefully(func, args, kwargs, needs_gate, retried, opaque)
+    # From here on this is the same as _run_carefully() with Gate.enter() and Gate.exit() written out, for the case that
+    # has to be quick.
+    _pop_mode()
     try:
-        if needs_gate is None or (opaque and _used) or needs_gate(args, kwargs):
-            return _pass_gate(state, func, args, kwargs, retried)
+        if needs_gate is None or needs_gate(args, kwargs):
+            state.depth = 1
+            if gate.closed:
+                state.depth = 0
+                return _wait_at_gate(gate, func, args, kwargs, retried)
+            now = monotonic()
+            gap = now - gate.last_exit
+            if gap > MIN_GAP:
+                gate.gaps.append(gap)
+                gate.last_entry = now
+            gate.last_thread = state
+            _used = True
+            return func(*args, **kwargs)
     finally:
-        if position == 0 and not _stack_size():
+        if state.depth:
+            _leave(gate, state)
+        if _stack_size():
+            put_on(sentinel)
+        else:
             _push_mode(sentinel)
-        elif position >= 0:
-            put_on(sentinel, position)
+    return func(*args, **kwargs)
+
+
+def _leave(gate: Gate, state: ThreadState) -> None:
+    """Gate.exit(), written out."""
+    if state.depth > 1:  # the program has begun something in the region that goes on after it
+        state.depth -= 1
+        return
+    gate.last_exit = monotonic()
+    state.depth = 0
+    if gate.watched:
+        gate._idle()
+
+
+def _run_carefully(func: Any, args: Any, kwargs: Any, needs_gate: Any, retried: bool, opaque: bool) -> Any:
+    """As run(), whatever the gate's state and whatever is on the mode stack."""
+    sentinel = here.sentinel
+    position = take_off(sentinel)
+    try:
+        if needs_gate is None or (opaque and _used) or _ask(needs_gate, args, kwargs):
+            return _wait_at_gate(_gate, func, args, kwargs, retried)
+    finally:
+        put_back(sentinel, position)
     if opaque:
         return run_bare(func, args, kwargs)
     return func(*args, **kwargs)
 
 
-def _hidden(needs_gate: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
-    """The same question, asked without modes of the program's own seeing it."""
-
-    def ask(args: Any, kwargs: Any) -> bool:
-        with _without_modes():
-            return needs_gate(args, kwargs)
-
-    return ask
-
-
-def _pass_gate(state: ThreadState, func: Any, args: Any, kwargs: Any, retried: bool) -> Any:
-    """Call `func` between Gate.enter() and Gate.exit(), which are written out here: there is no hotter path."""
-    global _used
-    gate = _gate
-    state.depth = 1
-    if gate.closed:
-        state.depth = 0
-        return _wait_at_gate(gate, func, args, kwargs, retried)
-    now = monotonic()
-    gap = now - gate.last_exit
-    if gap > MIN_GAP:
-        gate.gaps.append(gap)
-        gate.last_entry = now
-    gate.last_thread = state
-    try:
-        _used = True
-        return memory.with_room(func, args, kwargs) if retried else func(*args, **kwargs)
-    finally:
-        gate.last_exit = monotonic()
-        state.depth = 0
-        if gate.watched:
-            gate._idle()
+def _ask(needs_gate: Callable[[Any, Any], bool], args: Any, kwargs: Any) -> bool:
+    """Ask without modes of the program's own seeing it."""
+    if not _stack_size():
+        return needs_gate(args, kwargs)
+    with _without_modes():
+        return needs_gate(args, kwargs)
 
 
 def _wait_at_gate(gate: Gate, func: Any, args: Any, kwargs: Any, retried: bool) -> Any:
@@ -415,9 +419,7 @@ def gated(
     def region(*args: Any, **kwargs: Any) -> Any:
         if _compiling():
             return original(*args, **kwargs)  # the compiler looks through, and the compiled code is a region itself
-        if here.state.depth:
-            return original(*args, **kwargs)
-        return run(original, args, kwargs, needs_gate, retried=retried, opaque=opaque)
+        return run(original, args, kwargs, needs_gate, retried, opaque)
 
     region.__script_if_tracing_wrapper = True  # type: ignore[attr-defined]  # torch.jit.script() takes the original
     region.__original_fn = original  # type: ignore[attr-defined]
