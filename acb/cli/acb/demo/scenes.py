@@ -134,13 +134,15 @@ def play(stage: Stage, scripts: Sequence[str], progress: Progress) -> dict[str, 
     alone: dict[str, Program] = {}
     alone_s: dict[str, float] = {}
     for kind in kinds:
-        progress.begin(f"1. {kind} alone")
         name = kind.removesuffix(".py")
-        program = Program(stage, name, kind, stage.out / "alone" / name, without)
-        alone_s[kind] = _watch([program], progress)
+        # The first run of all fills the disk's cache and compiles Python files: it would flatter acb to count it.
+        for title in (f"0. {kind} alone, to warm up (not counted)", f"1. {kind} alone"):
+            progress.begin(title)
+            program = Program(stage, name, kind, stage.out / "alone" / name, without)
+            alone_s[kind] = _watch([program], progress)
+            if program.state() != "finished":
+                raise ConfigError(f"{kind} does not run here even alone: {program.problem()}", EX_UNAVAILABLE)
         alone[kind] = program
-        if program.state() != "finished":
-            raise ConfigError(f"{kind} does not run here even alone: {program.problem()}", EX_UNAVAILABLE)
     progress.begin(f"2. {len(scripts)} at once, without acb")
     crowd = [
         Program(stage, f"{script.removesuffix('.py')} {n}", script, stage.out / "without_acb" / str(n), without)
