@@ -127,6 +127,7 @@ class Agent:
         self._restart_at = 0.0
         self._farewell = False
         self._finishing = False
+        self._outside = False  # the thread waits for other processes, in nobody's C++ code
         self._trace = Trace(os.environ.get("ACB_TRACE"), name)
 
     # --- called by the program's threads ----------------------------------------------------------------------------
@@ -254,7 +255,8 @@ class Agent:
         if thread is not None and thread.ident not in (None, threading.get_ident()):
             self._finishing = True
             self._wake()
-            thread.join()
+            while thread.is_alive() and not self._outside:
+                thread.join(0.05)
 
     def abandon(self) -> None:
         """In a forked child: drop the parent's connection without a word."""
@@ -301,7 +303,7 @@ class Agent:
                 from acb.client.runtime import warn_once
 
                 warn_once("agent", f"something went wrong while talking to the broker, going on: {error!r}")
-                self._disconnected(pause=1.0)
+                self._disconnected(pause=0.25)
 
     def _turn(self) -> None:
         """Wait for something to happen, and deal with it."""
@@ -355,6 +357,7 @@ class Agent:
     def _connect(self) -> None:
         """Try to reach the broker and say hello; start one if that is wished and none is there."""
         connection = None
+        self._outside = True
         try:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             connection.connect(str(config.socket_path()))
@@ -363,6 +366,8 @@ class Agent:
                 connection.close()
             self._missing(error)
             return
+        finally:
+            self._outside = False
         with self._lock:
             self._socket, self._lost_at = connection, None
             self._hear(connection)
@@ -391,7 +396,9 @@ class Agent:
         mode = os.environ.get("ACB_BROKER", "auto")
         if mode == "auto" and now >= self._restart_at and not self._farewell and not (unheard_of and self.lease):
             self._restart_at = now + RESTART_EVERY
+            self._outside = True
             problem = _start_broker(os.environ.get("ACB_PYTHON") or sys.executable)
+            self._outside = False
             if not problem:
                 self._patience = 0.0
             elif unheard_of:
@@ -473,8 +480,10 @@ class Agent:
             self.lease = self._closing = self._revoked = self._unrestored = False
             state = "waiting" if self._wanted else "evacuated" if self._evacuated else "resident"
             self._trace.change(state, "the new broker has lent the GPU to another client")
-        elif self._unrestored:
+        elif self._unrestored or (self.lease and self.gate.closed and self._evacuated):
             self._restore()
+        elif self.lease and self.gate.closed:
+            self._run_on("the new broker has confirmed the lease")
         self._room_changed.notify_all()
         self._request()
 
@@ -513,8 +522,7 @@ class Agent:
     def _run_on(self, cause: str = "granted") -> None:
         """All memory is there: let the program's threads in."""
         self._wanted = self._closing = self._unrestored = False
-        for evacuator in self._evacuators:
-            evacuator.reset_peak()
+        self._sum("reset_peak")
         self._trace.change("running", cause, gpu=self.gpu)
         self.gate.open(watched=self._revoked or self._trace.enabled)
 
@@ -690,7 +698,7 @@ class Agent:
         total = 0
         for evacuator in self._evacuators:
             try:
-                total += int(getattr(evacuator, what)())  # a framework's own kind of integer cannot be sent
+                total += int(getattr(evacuator, what)() or 0)  # a framework's own kind of integer cannot be sent
             except Exception as error:
                 from acb.client.runtime import warn_once
 

@@ -404,6 +404,7 @@ def test_failing_listeners_and_measurements_do_no_harm(site: Site, broker: FakeB
     program.do("add_failing_listener")
     program.do("fail", "resident", *["bug"] * 50)
     program.do("fail", "synchronize", *["bug"] * 50)
+    program.do("fail", "reset_peak", *["bug"] * 50)
     broker.send(Revoke(0.0))
     assert isinstance(broker.receive(), Yield)
     program.begin("region")
@@ -412,4 +413,37 @@ def test_failing_listeners_and_measurements_do_no_harm(site: Site, broker: FakeB
     program.end("region")
     assert "cannot be measured" in program.errors
     assert "is left out" in program.errors
-    assert program.errors.count("\n") == 2
+    assert program.errors.count("\n") == 3
+
+
+def test_a_program_ends_while_its_agent_waits_for_a_broker_to_start(site: Site, broker: FakeBroker) -> None:
+    broker.close()
+    started = site.directory / "started"
+    slow = site.directory / "slow"
+    slow.write_text(f"#!/bin/sh\necho $$ > {started}\nexec sleep 60\n")
+    slow.chmod(0o700)
+    program = site.program(ACB_BROKER="auto", ACB_PYTHON=str(slow))
+    program.do("enter_on_a_daemon")
+    pid = int(wait_until("the start", lambda: started.exists() and started.read_text()))
+    try:
+        assert program.finish() == 0
+    finally:
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_program_ends_while_its_agent_waits_for_a_broker_that_hangs(site: Site, broker: FakeBroker) -> None:
+    broker._listener.listen(0)
+    with site.connect():  # the queue is full
+        program = site.program()
+        program.do("enter_on_a_daemon")
+        wait_until("its thread", lambda: "acb-agent" in program.do("!facts")["threads"])
+        assert program.finish() == 0
+
+
+def test_a_program_ends_while_it_waits_for_the_lease(site: Site, broker: FakeBroker) -> None:
+    program = site.program()
+    program.do("enter_on_a_daemon")
+    meet(broker)
+    broker.send(Welcome(VERSION, 1))
+    assert broker.receive() == Request()
+    assert program.finish() == 0

@@ -86,6 +86,7 @@ class Memory:
         return self.card.peak()
 
     def reset_peak(self) -> None:
+        self.step("reset_peak")
         self.card.reset_peak()
 
     def evacuate(self) -> int:
@@ -261,6 +262,11 @@ def count_refusals(threads: int) -> int:
     for thread in running:
         thread.join()
     return len(refused)
+
+
+def enter_on_a_daemon() -> None:
+    """A thread that waits at the gate and does not keep the program from ending."""
+    threading.Thread(target=enter, daemon=True).start()
 
 
 def interrupted_enter() -> str:
