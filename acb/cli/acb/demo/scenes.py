@@ -27,7 +27,7 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
 
 
 OPTIONS = {"fold.py": ("--layers", "4"), "fold_jax.py": ("--layers", "6")}
-"""Models of about 300 MiB: moving a larger one in and out of a simulated GPU is work for the CPU that real ones spare."""
+"""Models of about 300 MiB: moving larger ones in and out of a simulated GPU is work that a real one spares the CPU."""
 
 
 class Stage:
