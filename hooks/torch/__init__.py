@@ -19,7 +19,7 @@ def install(torch: ModuleType) -> None:
     if _installed:
         return
     _installed = True
-    from acb.client.runtime import after_fork, client
+    from acb.client.runtime import after_fork, client, warn_once
 
     this = client()
     if this.simulated is not None:
@@ -28,11 +28,13 @@ def install(torch: ModuleType) -> None:
         simulated.install(torch)  # first: the sentinel has to lie above its modes
     if not this.gating or not (this.simulated is not None or _built_for_gpus(torch)):
         return
-    from acb.hooks.torch import regions
+    from acb.hooks.torch import patching, regions
     from acb.hooks.torch.evacuator import TorchEvacuator
 
     evacuator = TorchEvacuator()  # before the patches, which must never stop it
     install_gating(this.gate)
+    if _patches is not None:
+        patching.apply(_patches, (evacuator.peaks.patch,), warn_once)
     this.add_evacuator(evacuator)
 
     def rebuild() -> None:

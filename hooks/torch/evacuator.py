@@ -18,6 +18,7 @@ from acb.client.evacuation import EvacuationError
 from acb.hooks.torch import reach
 from acb.hooks.torch.hostpool import HostPool, Place
 from acb.hooks.torch.memory import OutOfMemoryError
+from acb.hooks.torch.peaks import Peaks
 
 cuda: Any = torch.cuda
 
@@ -49,7 +50,7 @@ class TorchEvacuator:
         self._copy = kind.copy_
         self._synchronize = cuda.synchronize
         self._empty_cache = cuda.empty_cache
-        self._reset_peak = cuda.reset_peak_memory_stats
+        self.peaks = Peaks()
         self._real = torch.version.cuda is not None or torch.version.hip is not None
         self._pool = pool if pool is not None else HostPool(*(_page_locking() if self._real else ()))
         self._parked: list[_Parked] = []
@@ -76,16 +77,19 @@ class TorchEvacuator:
 
     def peak(self) -> int:
         """The most bytes that PyTorch's allocator has held at once since reset_peak()."""
-        return sum(int(cuda.max_memory_reserved(ordinal)) for ordinal in self._ordinals())
+        return sum(self.peaks.peak(ordinal) for ordinal in self._ordinals())
 
     def reset_peak(self) -> None:
         """Forget the peak."""
         for ordinal in self._ordinals():
-            self._reset_peak(ordinal)
+            self.peaks.reset(ordinal)
 
-    def _ordinals(self) -> range:
-        """The GPUs that this process uses; none before it has used one."""
-        return range(cuda.device_count()) if cuda.is_initialized() else range(0)
+    def _ordinals(self) -> list[int]:
+        """The GPUs that this process uses; none before it has used one. Asking others would begin to use them."""
+        if not cuda.is_initialized():
+            return []
+        used = getattr(torch._C, "_cuda_hasPrimaryContext", None) if self._real else None
+        return [ordinal for ordinal in range(cuda.device_count()) if used is None or used(ordinal)]
 
     # --- evacuation ------------------------------------------------------------------------------------------------
 
@@ -119,6 +123,8 @@ class TorchEvacuator:
             raise EvacuationError(f"PyTorch could not free its memory on the GPU: {error}") from None
         storage = None
         storages.clear()
+        if hasattr(torch._C, "_cuda_clearCublasWorkspaces"):
+            torch._C._cuda_clearCublasWorkspaces()  # made again when they are needed
         self._empty_cache()
         return sum(sizes)
 

@@ -526,6 +526,28 @@ def test_memory_that_cannot_be_page_locked_is_used_as_it_is() -> None:
 # --- sizes ----------------------------------------------------------------------------------------------------------
 
 
+def test_the_programs_peak_is_its_own(card: Card) -> None:
+    from acb.hooks.torch.patching import Patches
+    from acb.hooks.torch.peaks import Peaks
+
+    torch.ones(1, device="cuda")
+    peaks, patches = Peaks(), Patches()
+    peaks.patch(patches)
+    try:
+        torch.cuda.reset_peak_memory_stats()
+        high = torch.ones(2 * MIB, device="cuda")
+        del high
+        peaks.reset(0)
+        assert peaks.peak(0) < 8 * MIB <= torch.cuda.max_memory_allocated()
+        high = torch.ones(MIB, device="cuda")
+        del high
+        torch.cuda.reset_peak_memory_stats()
+        assert torch.cuda.max_memory_allocated() < 4 * MIB <= peaks.peak(0) < 8 * MIB
+        assert torch.cuda.memory_stats()["reserved_bytes.all.peak"] == torch.cuda.max_memory_reserved()
+    finally:
+        patches.undo()
+
+
 def test_resident_and_peak_are_the_devices_own(card: Card, evacuator: TorchEvacuator) -> None:
     gc.collect()
     evacuator.reset_peak()
