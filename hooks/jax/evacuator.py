@@ -13,8 +13,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from acb.client import hostmemory
 from acb.client.evacuation import EvacuationError
-from acb.hooks.jax.hostmemory import require_host_memory
 from acb.hooks.jax.internals import GATED, Internals, in_device_memory, like, moving, on_gated, repoint
 from acb.hooks.jax.ledger import Ledger
 from acb.hooks.jax.pool import check_pool, trim_pool
@@ -134,7 +134,7 @@ class JaxEvacuator:
             moved = sum(sizes.values())
             if not plans:
                 return 0
-            require_host_memory(moved)
+            hostmemory.require(moved)
             self._copy_out(plans)
             try:
                 for plan in plans:

@@ -241,7 +241,7 @@ def test_no_host_memory_leaves_everything_resident(
         evacuator.evacuate()
     assert evacuator.resident() == resident
     assert [describe(a) for a in arrays] == before
-    monkeypatch.setattr("acb.hooks.jax.hostmemory.available", lambda: 0)
+    monkeypatch.setattr("acb.client.hostmemory.available_bytes", lambda: 0)
     with pytest.raises(EvacuationError, match="do not fit into host memory"):
         evacuator.evacuate()
     assert [describe(a) for a in arrays] == before
