@@ -15,14 +15,14 @@ from acb.hooks.torch.regions import always, first_use, gated, when_used
 cuda: Any = torch.cuda
 
 _CALLS = (
-    "synchronize ipc_collect set_stream set_device current_blas_handle current_solver_handle can_device_access_peer "
-    "make_graphed_callables _sleep set_rng_state get_rng_state"
+    "synchronize ipc_collect set_device current_blas_handle current_solver_handle can_device_access_peer "
+    "make_graphed_callables _sleep"
 )
 _MEMORY_CALLS = (
     "empty_cache mem_get_info caching_allocator_alloc caching_allocator_delete set_per_process_memory_fraction "
     "change_current_allocator list_gpu_processes"
 )
-_ACCELERATOR_CALLS = "synchronize empty_cache set_stream current_stream get_memory_info"
+_ACCELERATOR_CALLS = "synchronize empty_cache set_device_index get_memory_info"
 
 
 def patch_first_use(patches: Patches) -> None:
@@ -59,13 +59,17 @@ def patch_calls(patches: Patches) -> None:
 
 
 def patch_streams_and_events(patches: Patches) -> None:
-    """Streams and events. Making a stream can be a process's first use of the GPU."""
+    """Streams and events. Making one can be a process's first use of the GPU; later it is the host's business."""
+
+    def unused(args: Any, kwargs: Any) -> bool:
+        return not cuda.is_initialized()
+
     for kind, names in (
         (cuda.Stream, "wait_event wait_stream record_event query synchronize"),
         (cuda.Event, "record wait query elapsed_time synchronize"),
     ):
         patches.replace_all(kind, names.split(), lambda original: gated(original, always))
-        patches.set(kind, "__new__", staticmethod(gated(kind.__new__, always)))
+        patches.set(kind, "__new__", staticmethod(gated(kind.__new__, unused)))
 
 
 def patch_graphs(patches: Patches) -> None:
