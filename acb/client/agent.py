@@ -226,7 +226,7 @@ class Agent:
         if self._thread is None or threading.get_ident() == self._thread.ident:
             return None
         with self._asking_room, self._lock:
-            while self.lease and self.gpu is not None and not self._alone:
+            while self.lease and self.gpu is not None and not self._alone and not self._finishing:
                 if self._welcomed:
                     self._room = None
                     self._room_due += 1
@@ -257,6 +257,13 @@ class Agent:
             self._wake()
             while thread.is_alive() and not self._outside:
                 thread.join(0.05)
+        with self._lock:
+            self._welcomed = False  # nobody answers any more
+            self._room_changed.notify_all()
+            if self._socket is not None:
+                # Left open, for the kernel to close: until then this process still has memory on the GPU.
+                self._socket.detach()
+                self._socket = None
 
     def abandon(self) -> None:
         """In a forked child: drop the parent's connection without a word."""

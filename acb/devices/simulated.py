@@ -193,10 +193,16 @@ class Card:
         return self._slot
 
     def held(self, pid: int | None = None) -> int:
-        """Bytes held by this process through this Card, or by process `pid`."""
+        """Bytes held by this process through this Card, or by process `pid`.
+
+        When it returns, whatever this process has freed before is free for others, too; free() alone may leave that to
+        a thread of this process that is just waiting to have the card to itself.
+        """
         if pid is None:
-            self._settle()
-            return self._held
+            with self._mutex:
+                if not self._inside:
+                    self._book()
+                return self._held
         return dict(self.processes()).get(pid, 0)
 
     def used(self) -> int:

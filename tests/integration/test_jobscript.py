@@ -31,6 +31,7 @@ class Memory:
     def evacuate(self):
         moved, self.held = self.held, 0
         card.free(moved)
+        card.held()  # the others may see it now
         self.away += moved
         return moved
 
