@@ -26,7 +26,7 @@ from acb.protocol import Message, decode, encode
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LEASER = Path(__file__).parent / "programs" / "leaser.py"
-PATIENCE = 8.0
+PATIENCE = 30.0
 MIB = 1 << 20
 T = TypeVar("T")
 
