@@ -298,7 +298,7 @@ def test_more_clients_than_file_descriptors_wait_for_those_that_go(site: Site) -
         wait_until("the broker", site.report)
         for _ in range(limit):
             peer = site.connect()
-            peer.socket.settimeout(0.2)
+            peer.socket.settimeout(1.0)
             peer.send(HELLO)
             try:
                 assert isinstance(peer.receive(), Welcome)

@@ -304,9 +304,9 @@ def test_a_refused_hello_lets_the_program_run_without_broker(site: Site, broker:
     broker.send(Refused("version 2 is spoken here"))
     broker.hang_up()
     program.end("region")
+    assert program.finish() == 0
     assert "version 2 is spoken here" in program.errors
     assert program.errors.count("\n") == 1
-    assert program.finish() == 0
     broker._listener.settimeout(0)
     with pytest.raises(BlockingIOError):  # it does not come again and again
         broker._listener.accept()
@@ -357,6 +357,7 @@ def test_what_a_broker_may_not_say_costs_it_the_connection_and_the_program_nothi
         broker.send(Welcome(VERSION, 2, lease=True))
         program.do("operate")
     program.do("leave")
+    assert program.finish() == 0
     assert program.errors.count("\n") == 1
 
 
@@ -411,6 +412,7 @@ def test_failing_listeners_and_measurements_do_no_harm(site: Site, broker: FakeB
     assert broker.receive() == Request()
     broker.send(GRANT)
     program.end("region")
+    assert program.finish() == 0
     assert "cannot be measured" in program.errors
     assert "is left out" in program.errors
     assert program.errors.count("\n") == 3
