@@ -34,8 +34,7 @@ class gpu:
     """A phase in which this thread uses the GPU: a context manager and a decorator; may be nested, and used again.
 
     `memory` is what the phase needs in all, as bytes or as text such as ``"10GiB"``; without it the broker goes by what
-    it
-    has seen. Entering blocks until the GPU is there. Raises ValueError for an impossible size, or for more memory
+    it has seen. Entering blocks until the GPU is there. Raises ValueError for an impossible size, or for more memory
     than an enclosing phase has asked for, and acb.LeaseRefused when no GPU can ever give so much.
     """
 

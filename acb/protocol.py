@@ -116,7 +116,6 @@ class AskStatus(Message):
     """What the broker sees; answered with one Status. To hear of all clients, ask again for those `after` the last."""
 
     type: ClassVar[str] = "ask_status"
-    version: int = VERSION
     after: int = 0
 
 
@@ -125,7 +124,6 @@ class AskStop(Message):
     """End the broker; answered with Goodbye."""
 
     type: ClassVar[str] = "ask_stop"
-    version: int = VERSION
 
 
 # --- from the broker ----------------------------------------------------------------------------------------------

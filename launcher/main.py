@@ -178,15 +178,15 @@ def _running_broker(options: Options) -> Path:
 
 def _simulated_cards(simulate: str) -> Path:
     """The simulated GPUs that all programs started with the same specification share; made if they are not there."""
-    from acb.devices.simulated import create_cards
+    from acb.devices.simulated import CardError, create_cards
 
     spec = config.parse_simulated(simulate)
     directory = config.simulated_dir(spec)
     try:
         create_cards(directory, spec)
-    except OSError as error:
+    except (CardError, OSError) as error:
         raise config.ConfigError(
-            f"cannot make simulated GPUs in {directory}: {error.strerror or error}; "
+            f"cannot make simulated GPUs in {directory}: {getattr(error, 'strerror', None) or error}; "
             f"set ACB_RUNTIME_DIR to a directory that has room",
             config.EX_CANTCREAT,
         ) from None

@@ -17,8 +17,7 @@ Invariants (checked by check(), after every event in tests):
 - a GPU never has more holders than slots;
 - what holders may use (their headroom) and what others still have there (their resident bytes) fit its capacity;
 - nobody is granted while an evacuation that its room needs is under way (follows from the one above, since memory
-counts
-  as resident until its evacuation is acknowledged);
+  counts as resident until its evacuation is acknowledged);
 - every request is granted, refused, or its client is gone: a client that waits is in the queue, and whenever somebody
   waits, something is under way that will let him in (a revoked holder, an evacuation) or a client that cannot be moved
   keeps the room;
@@ -410,7 +409,12 @@ class Broker:
         Nothing is known: the whole GPU, less what others cannot take with them when they are evacuated.
         """
         clients = self.clients
-        left_behind = sum([clients[i].resident for i in gpu.bound if i != client.id and clients[i].emptied])
+        others = [clients[i] for i in gpu.bound if i != client.id]
+        left_behind = sum([other.resident for other in others if other.emptied])
+        # Who cannot be moved may stay for ever: most of a GPU is better than waiting for all of it.
+        unmovable = sum([other.resident for other in others if other.unmovable and not other.lease])
+        if 2 * unmovable <= gpu.capacity:
+            left_behind += unmovable
         if not (client.hint or client.need or client.steady >= STEADY):
             return gpu.capacity - left_behind
         return min(gpu.capacity - left_behind, max(self._floor(client), int(client.peak * MARGIN)))

@@ -6,12 +6,20 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from acb._version import __version__
-from acb.config import ConfigError
+from acb.config import EX_USAGE, ConfigError
 
 T = TypeVar("T")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line, rather than how they could all be."""
+
+    def error(self, message: str) -> NoReturn:
+        """One line on stderr, and exit status 2."""
+        self.exit(EX_USAGE, f"{self.prog}: {message}; see: {self.prog} --help\n")
 
 
 def run(program: str, description: str, subcommands: Sequence[ModuleType], arguments: Sequence[str] | None) -> int:
@@ -20,7 +28,7 @@ def run(program: str, description: str, subcommands: Sequence[ModuleType], argum
     A subcommand is a module with a docstring, ``add_arguments(parser)`` and ``run(options) -> int``. A ConfigError
     becomes one line on stderr and its status.
     """
-    parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
+    parser = Parser(prog=program, description=description, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in subcommands:

@@ -258,6 +258,8 @@ class Agent:
             while thread.is_alive() and not self._outside:
                 thread.join(0.05)
         with self._lock:
+            if thread is not None:
+                self._trace.change("gone", "the program ends")
             self._welcomed = False  # nobody answers any more
             self._room_changed.notify_all()
             if self._socket is not None:

@@ -1,8 +1,8 @@
 """The trace that ``acb-launch --trace FILE`` asks for: every state change of a client with its cause.
 
 One JSON object a line. Fields: ``t`` (seconds, the clock of time.monotonic(), common to all processes of a machine),
-``time`` (seconds since the
-epoch), ``pid``, ``name``, ``state``, ``cause``, and whatever the change has to tell (``gpu``, ``bytes``, ``seconds``).
+``time`` (seconds since the epoch), ``pid``, ``name``, ``state``, ``cause``, and whatever the change has to tell
+(``gpu``, ``bytes``, ``seconds``). While a trace is written every region is watched, which costs JAX its fast path.
 """
 
 from __future__ import annotations

@@ -219,31 +219,31 @@ class JaxEvacuator:
         """See Evacuator.restore."""
         moved = 0
         restored = []
-        with moving(), self._lock, self._internals.config.enable_x64(True):
-            for identity, entry in list(self._evacuated.items()):
-                array = entry.ref()
-                if array is None:
-                    continue
-                for buffer in entry.buffers:
-                    if buffer.array is None:
-                        buffer.array = self._put(buffer)
-                        moved += buffer.nbytes
-                repoint(array, self._assemble(entry))
-                self._evacuated.pop(identity, None)
-                restored.append(array)
-            for array in restored:
-                array.block_until_ready()
-        return moved
-
-    def _put(self, buffer: _Buffer) -> Any:
         try:
-            return self._internals.xla_client.batched_device_put(
-                buffer.aval, buffer.sharding, [buffer.host], [buffer.device], True
-            )
+            with moving(), self._lock, self._internals.config.enable_x64(True):
+                for identity, entry in list(self._evacuated.items()):
+                    array = entry.ref()
+                    if array is None:
+                        continue
+                    for buffer in entry.buffers:
+                        if buffer.array is None:
+                            buffer.array = self._put(buffer)
+                            moved += buffer.nbytes
+                    repoint(array, self._assemble(entry))
+                    self._evacuated.pop(identity, None)
+                    restored.append(array)
+                for array in restored:
+                    array.block_until_ready()
         except RuntimeError as error:
             if out_of_memory(error):
                 raise MemoryError(str(error)) from error
             raise
+        return moved
+
+    def _put(self, buffer: _Buffer) -> Any:
+        return self._internals.xla_client.batched_device_put(
+            buffer.aval, buffer.sharding, [buffer.host], [buffer.device], True
+        )
 
     def _assemble(self, entry: _Evacuated) -> Any:
         """A new array of restored buffers, the same as the evacuated one in every respect."""

@@ -18,6 +18,10 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and str(error).startswith("RESOURCE_EXHAUSTED")
 
 
+TRIES = 3
+"""Times that a call is tried again."""
+
+
 def asked_for(error: BaseException) -> int:
     """The bytes that an out-of-memory error says were wanted; 0 when it does not say."""
     match = _ASKED.search(str(error))
@@ -32,7 +36,7 @@ def again_with_more_room(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @like(original)
     def roomy(*args: Any, **kwargs: Any) -> Any:
-        while True:
+        for _ in range(TRIES):
             try:
                 return original(*args, **kwargs)
             except RuntimeError as error:
@@ -40,6 +44,7 @@ def again_with_more_room(original: Callable[..., Any]) -> Callable[..., Any]:
                     raise
                 if not runtime.client().more_room(asked_for(error) or 1):
                     raise
+        return original(*args, **kwargs)  # the room is there by the broker's books, but not for this: jax's own error
 
     return roomy
 

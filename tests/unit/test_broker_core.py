@@ -275,6 +275,15 @@ def test_a_client_that_cannot_be_moved_may_overtake_the_one_it_keeps_out() -> No
     assert broker.gone(1, 9.0) == [(2, Grant(0, "GPU-x", CAPACITY))]
 
 
+def test_a_client_that_cannot_be_moved_keeps_nobody_out_of_most_of_the_gpu() -> None:
+    broker = _broker(2)
+    broker.handle(1, Request(), 0.0)
+    broker.handle(1, Yield(100, 100), 1.0)
+    assert broker.handle(2, Request(), 2.0) == [(1, Evacuate())]
+    refusal = Evacuated(100, 0, 0.0, "captured CUDA graphs")
+    assert broker.handle(1, refusal, 2.1) == [(2, Grant(0, "GPU-x", CAPACITY - 100))]
+
+
 def test_a_new_broker_grants_nothing_before_the_old_ones_clients_have_spoken() -> None:
     broker = Broker([Gpu(0, CAPACITY)], POLICIES["fifo"](None))
     broker.recover({201, 202})

@@ -26,9 +26,7 @@ def status(path: Path) -> dict[str, Any] | None:
         if answer is None:
             return None
         if not isinstance(answer, Status):
-            raise ConfigError(
-                f"the process at {path} is no GPU broker of this version: it answers {answer.type}", EX_TEMPFAIL
-            )
+            raise _stranger(path, answer)
         report |= answer.report
         clients += answer.clients
         if not (answer.more and answer.clients):
@@ -36,9 +34,23 @@ def status(path: Path) -> dict[str, Any] | None:
 
 
 def stop(path: Path) -> int | None:
-    """Tell the broker at this socket to end; its process id, or None when there is no broker."""
+    """Tell the broker at this socket to end; its process id, or None when there is no broker.
+
+    Raises ConfigError as status() does.
+    """
     answer = _ask(path, AskStop())
-    return answer.pid if isinstance(answer, Goodbye) else None
+    if answer is not None and not isinstance(answer, Goodbye):
+        raise _stranger(path, answer)
+    return None if answer is None else answer.pid
+
+
+def _stranger(path: Path, answer: Message) -> ConfigError:
+    """The error for a process that answers what no broker of this version does."""
+    return ConfigError(
+        f"the process at {path} is no GPU broker of this version: it answers {answer.type}; "
+        f"end it with: pkill gpu_assigner",
+        EX_TEMPFAIL,
+    )
 
 
 def _ask(path: Path, question: Message) -> Message | None:

@@ -66,7 +66,10 @@ class Stage:
 
     def status(self) -> dict[str, Any]:
         """What the broker sees."""
-        report: dict[str, Any] = json.loads(self._assigner("status", "--json").stdout)
+        done = self._assigner("status", "--json")
+        if done.returncode:
+            raise ConfigError(f"the broker has ended before the programs: {done.stderr.strip()}", done.returncode)
+        report: dict[str, Any] = json.loads(done.stdout)
         return report
 
     def _assigner(self, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -80,6 +83,7 @@ class Program:
     def __init__(self, stage: Stage, name: str, script: str, out: Path, options: Sequence[str]) -> None:
         self.name = name
         self.out = out
+        self.ended_t = 0.0  # of time.monotonic(), when that has been seen
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         self._log = out / "log.txt"
@@ -106,6 +110,7 @@ class Program:
         status = self._process.poll()
         if status is None:
             return "computing"
+        self.ended_t = self.ended_t or time.monotonic()
         if status == 0:
             return "finished"
         text = self._log.read_text(errors="replace")
@@ -186,7 +191,7 @@ def play(stage: Stage, scripts: Sequence[str], progress: Progress) -> dict[str, 
             "evacuated_bytes": totals["evacuated_bytes"],
         },
         "trace": {"file": trace.name, "start_t": start, "end_t": start + with_s},
-        "processes": [{"pid": p.pid, "name": p.name, "state": p.state()} for p in brokered],
+        "processes": [{"pid": p.pid, "name": p.name, "state": p.state(), "end_t": p.ended_t} for p in brokered],
     }
     return summary
 

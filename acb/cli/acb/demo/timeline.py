@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +33,11 @@ class Span(NamedTuple):
     end: float
 
 
-def spans(lines: Iterable[str], start: float, end: float) -> list[Span]:
-    """The spans in a trace's lines. A process is on the CPU where its trace says nothing of the GPU."""
+def spans(lines: Iterable[str], start: float, ends: Mapping[int, float]) -> list[Span]:
+    """The spans in a trace's lines, for the processes that began at `start` and ended as `ends` says.
+
+    A process is on the CPU where its trace says nothing of the GPU.
+    """
     by_pid: dict[int, list[dict[str, Any]]] = {}
     for line in lines:
         try:
@@ -44,6 +47,9 @@ def spans(lines: Iterable[str], start: float, end: float) -> list[Span]:
             continue  # the last line of a process that was killed
     found: list[Span] = []
     for pid, events in by_pid.items():
+        if pid not in ends:
+            continue  # a child of a program's
+        end = ends[pid]
         events.sort(key=lambda event: event["t"])
         found.append(Span(pid, "on the CPU", start, max(start, events[0]["t"])))
         for event, after in zip(events, [*events[1:], {"t": end}], strict=True):
@@ -62,7 +68,8 @@ def draw(out: Path, summary: dict[str, Any], title: str) -> Path:
     from matplotlib.patches import Patch
 
     begin, end = summary["trace"]["start_t"], summary["trace"]["end_t"]
-    found = spans((out / summary["trace"]["file"]).read_text().splitlines(), begin, end)
+    ends = {process["pid"]: process["end_t"] for process in summary["processes"]}
+    found = spans((out / summary["trace"]["file"]).read_text().splitlines(), begin, ends)
     rows = {process["pid"]: process["name"] for process in summary["processes"]}
     figure, axes = pyplot.subplots(figsize=(11, 1.7 + 0.55 * len(rows)))
     for row, pid in enumerate(rows):
