@@ -17,6 +17,9 @@ EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_CANTCREAT, EX_TEMPFAIL = 2, 65, 69, 73,
 The set is that of Fujitsu's broker.
 """
 
+ASSUMED_BANDWIDTH = 8 << 30
+"""Bytes a second between host and GPU while no swap has been measured: a slow PCIe 3 bus."""
+
 _SUN_PATH_MAX = 107  # bytes of a Unix socket's path that Linux accepts, less the closing NUL
 _UNITS = {"": 1, "B": 1, **{f"{p}iB": 1 << 10 * (i + 1) for i, p in enumerate("KMGT")}}
 _UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")} | {

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from acb.config import ASSUMED_BANDWIDTH
+
 if TYPE_CHECKING:
     from acb.broker.core import Client, Gpu
 
@@ -22,9 +24,6 @@ SWAPS_PER_QUANTUM = 10
 
 nvshare's own measurement: a quantum of a few swaps lost a quarter of the throughput, one that dwarfs the swap nothing.
 """
-
-ASSUMED_BANDWIDTH = 8 << 30
-"""Bytes a second between host and GPU, for clients whose swap has not been measured yet (a slow PCIe 3 bus)."""
 
 
 class Policy(Protocol):

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
+from acb.config import ASSUMED_BANDWIDTH
+
 MIN_LINGER = 0.002
 """Seconds: pauses shorter than this are not worth a decision; also how finely the agent looks at a contended gate."""
 
 MAX_LINGER = 2.0
 """Seconds: however dear a swap, another client does not wait longer than this for an idle GPU."""
-
-ASSUMED_BANDWIDTH = 8 << 30
-"""Bytes a second between host and GPU while no swap has been measured (a slow PCIe 3 bus)."""
 
 
 def choose_linger(gaps: Iterable[float], swap_seconds: float) -> float:
