@@ -36,7 +36,7 @@ def patch_first_use(patches: Patches) -> None:
         return first_use(original)
 
     for name, module in list(sys.modules.items()):
-        if name.startswith("torch.") and vars(module).get("_lazy_init") is original:
+        if name.startswith("torch.cuda") and vars(module).get("_lazy_init") is original:
             patches.set(module, "_lazy_init", _lazy_init)
 
 

@@ -21,17 +21,13 @@ from time import monotonic
 from typing import Any
 
 import torch
-from torch._C import _get_function_stack_at as _mode_at
-from torch._C import _len_torch_function_stack as _stack_size
-from torch._C import _pop_torch_function_stack as _pop_mode
-from torch._C import _push_on_torch_function_stack as _push_mode
 from torch.overrides import TorchFunctionMode
-from torch.utils._device import DeviceContext
 
 from acb.client.gate import MIN_GAP, Gate, ThreadState
 from acb.hooks.torch import devices, memory
 from acb.hooks.torch.devices import HOST_ONLY, operation_touches, touches
 from acb.hooks.torch.memory import OutOfMemoryError, repeatable
+from acb.hooks.torch.modestack import mode_at, pop_mode, push_mode, put_back, put_on, stack_size, take_off
 
 PROGRAM, NATIVE, OWN = 0, 1, 2
 """Whose a thread is: the program's; native code's, such as an autograd worker; acb's, which no gate may stop."""
@@ -120,7 +116,7 @@ class _Leaving:
     def __init__(self, sentinel: Sentinel) -> None:
         self._sentinel = sentinel
 
-    def __del__(self, size: Any = _stack_size, pop: Any = _pop_mode, push: Any = _push_mode) -> None:
+    def __del__(self, size: Any = stack_size, pop: Any = pop_mode, push: Any = push_mode) -> None:
         # The functions are held here, for at the interpreter's end the module's own names are gone before this is.
         above = []
         for _ in range(size()):
@@ -188,47 +184,6 @@ def adopt_thread() -> None:
     put_on(here.sentinel)
 
 
-# --- the mode stack -------------------------------------------------------------------------------------------------
-
-
-def put_on(sentinel: Sentinel, position: int = 0) -> None:
-    """Put the sentinel on this thread's mode stack at `position`, never below a default device, never twice."""
-    above = []
-    while (size := _stack_size()) > position:
-        mode = _mode_at(size - 1)
-        if mode is sentinel:
-            break
-        if size == 1 and isinstance(mode, DeviceContext):
-            break
-        above.append(_pop_mode())
-    else:
-        size = -1
-    if size == -1 or _mode_at(size - 1) is not sentinel:
-        _push_mode(sentinel)
-    while above:
-        _push_mode(above.pop())
-
-
-def take_off(sentinel: Sentinel) -> int:
-    """Take the sentinel off if it is the top mode, and say where it was; -1: left as it was.
-
-    Under modes of the program's own it stays and lets everything through while the thread is in a region.
-    """
-    top = _stack_size() - 1
-    if top < 0 or _mode_at(top) is not sentinel:
-        return -1
-    _pop_mode()
-    return int(top)
-
-
-def put_back(sentinel: Sentinel, position: int) -> None:
-    """Undo take_off(), wherever modes of the program's own have come or gone meanwhile."""
-    if _stack_size() == position and position != 0:
-        _push_mode(sentinel)
-    elif position >= 0:
-        put_on(sentinel, position)
-
-
 # --- regions --------------------------------------------------------------------------------------------------------
 
 
@@ -253,11 +208,11 @@ def run(
     if state.depth or (thread.kind and thread.exempt()):
         return func(*args, **kwargs)
     gate, sentinel = _gate, thread.sentinel
-    if gate.closed or retried or opaque or _stack_size() != 1 or _mode_at(0) is not sentinel:
+    if gate.closed or retried or opaque or stack_size() != 1 or mode_at(0) is not sentinel:
         return _run_carefully(func, args, kwargs, needs_gate, retried, opaque)
     # From here on this is the same as _run_carefully() with Gate.enter() and Gate.exit() written out, for the case that
     # has to be quick.
-    _pop_mode()
+    pop_mode()
     try:
         if needs_gate is None or needs_gate(args, kwargs):
             state.depth = 1
@@ -275,10 +230,10 @@ def run(
     finally:
         if state.depth:
             _leave(gate, state)
-        if _stack_size():
+        if stack_size():
             put_on(sentinel)
         else:
-            _push_mode(sentinel)
+            push_mode(sentinel)
     return func(*args, **kwargs)
 
 
@@ -309,7 +264,7 @@ def _run_carefully(func: Any, args: Any, kwargs: Any, needs_gate: Any, retried: 
 
 def _ask(needs_gate: Callable[[Any, Any], bool], args: Any, kwargs: Any) -> bool:
     """Ask without modes of the program's own seeing it."""
-    if not _stack_size():
+    if not stack_size():
         return needs_gate(args, kwargs)
     with _without_modes():
         return needs_gate(args, kwargs)
@@ -352,9 +307,9 @@ def run_opaque(func: Any, args: Any, kwargs: Any) -> Any:
 def run_watched(func: Any, args: Any, kwargs: Any) -> Any:
     """Call `func` outside regions with the sentinel surely on, also where PyTorch has taken it off for a while."""
     sentinel = here.sentinel
-    if any(_mode_at(i) is sentinel for i in range(_stack_size())):
+    if any(mode_at(i) is sentinel for i in range(stack_size())):
         return func(*args, **kwargs)
-    _push_mode(sentinel)
+    push_mode(sentinel)
     try:
         return func(*args, **kwargs)
     finally:

@@ -454,6 +454,12 @@ def test_functions_that_use_gated_ones_can_be_scripted(gate: Gate) -> None:
     assert torch.equal(torch.jit.trace(nn.Linear(2, 2), x)(x).detach() * 0, torch.zeros(2))
 
 
+def test_a_recording_shows_the_program_and_not_acb(gate: Gate) -> None:
+    traced = torch.jit.trace(lambda x: x * 2 + 1, torch.ones(2))
+    assert "test_torch_gating.py" in str(traced.graph)
+    assert "regions.py" not in str(traced.graph)
+
+
 def scriptable(x: torch.Tensor) -> torch.Tensor:
     return F.mse_loss(x, x * 2)
 
