@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from acb.hooks.torch.patching import Patches
 
 _installed = False
+_adopting = False
 _patches: Patches | None = None
 
 
@@ -47,7 +48,7 @@ def install(torch: ModuleType) -> None:
 
 def install_gating(gate: Gate) -> None:
     """Put `gate` in front of PyTorch. Every thread started from now on is gated, and so is the calling one."""
-    global _patches
+    global _adopting, _patches
     from acb.client.runtime import warn_once
     from acb.hooks import threads
     from acb.hooks.torch import gating, gating_compiled, gating_cuda, patching, regions
@@ -56,7 +57,9 @@ def install_gating(gate: Gate) -> None:
     if _patches is None:
         _patches = patching.Patches()
         patching.apply(_patches, (*gating.STEPS, *gating_compiled.STEPS, *gating_cuda.STEPS), warn_once)
-        threads.on_thread_start(regions.adopt_thread)
+        if not _adopting:
+            _adopting = True
+            threads.on_thread_start(regions.adopt_thread)
     regions.adopt_thread()
 
 
@@ -65,6 +68,7 @@ def uninstall_gating() -> None:
     global _patches
     from acb.hooks.torch import regions
 
+    regions.release_thread()
     regions.unbind()
     if _patches is not None:
         _patches.undo()

@@ -134,6 +134,19 @@ def default_is_gated() -> bool:
     return torch._C._get_default_device().partition(":")[0] in GATED
 
 
+def runs_foreign_code(types: Any) -> bool:
+    """Whether a tensor subclass of the program's will handle this operation, in code hidden from the sentinel."""
+    for kind in types:
+        handler = getattr(kind, "__torch_function__", None)
+        if handler is not _DISABLED and getattr(handler, "__func__", None) is not _PLAIN:
+            return True
+    return False
+
+
+_DISABLED = torch._C._disabled_torch_function_impl
+_PLAIN = torch.Tensor.__torch_function__.__func__
+
+
 def _host_only() -> frozenset[Any]:
     """Attributes and methods of tensors that ask or change only what the host knows: they never wait at the gate."""
     attributes = (

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from acb.client.gate import MIN_GAP, Gate, ThreadState
 from acb.hooks.torch import devices, memory
-from acb.hooks.torch.devices import HOST_ONLY, operation_touches, touches
+from acb.hooks.torch.devices import HOST_ONLY, operation_touches, runs_foreign_code, touches
 from acb.hooks.torch.memory import OutOfMemoryError, repeatable
 from acb.hooks.torch.modestack import mode_at, pop_mode, push_mode, put_back, put_on, stack_size, take_off
 
@@ -45,6 +45,7 @@ def _open_gate() -> Gate:
 
 
 _gate: Gate = _open_gate()
+_bound = False
 _used = False
 
 
@@ -65,7 +66,7 @@ class Sentinel(TorchFunctionMode):  # type: ignore[misc]
         if not (
             (args and isinstance(args[0], _Tensor) and devices.on_gated(args[0]))  # the usual case, in one call less
             or operation_touches(func, args, kwargs)
-            or (types and _used and _runs_foreign_code(types))
+            or (types and _used and runs_foreign_code(types))
         ):
             return func(*args, **kwargs) if kwargs else func(*args)
         # From here on this is Gate.enter() and Gate.exit() written out, for an open gate that nobody waits at; what
@@ -91,19 +92,6 @@ def _slowly(func: Any, args: Any, kwargs: Any) -> Any:
     if here.exempt():
         return func(*args, **kwargs)
     return _wait_at_gate(_gate, func, args, kwargs, repeatable(func))
-
-
-def _runs_foreign_code(types: Any) -> bool:
-    """Whether a tensor subclass of the program's will handle this operation, in code hidden from the sentinel."""
-    for kind in types:
-        handler = getattr(kind, "__torch_function__", None)
-        if handler is not _DISABLED and getattr(handler, "__func__", None) is not _PLAIN:
-            return True
-    return False
-
-
-_DISABLED = torch._C._disabled_torch_function_impl
-_PLAIN = torch.Tensor.__torch_function__.__func__
 
 
 class _Leaving:
@@ -156,16 +144,18 @@ here = _Here()
 
 def bind(gate: Gate) -> None:
     """Use this gate from now on. Threads that exist keep the old one, except the calling one."""
-    global _gate, _used
-    _gate = gate
+    global _bound, _gate, _used
+    _bound, _gate = True, gate
     _used = torch.cuda.is_initialized()
     here.state = here.sentinel.state = gate._local.state
     here.bare = here.owed = 0
 
 
 def unbind() -> None:
-    """Gate nothing any more: regions go through a gate that is always open."""
+    """Gate nothing any more: regions go through a gate that is always open, and new threads get no sentinel."""
+    global _bound
     bind(_open_gate())
+    _bound = False
 
 
 def used() -> bool:
@@ -180,8 +170,14 @@ def closed() -> bool:
 
 def adopt_thread() -> None:
     """Put the sentinel on the present thread, at its start."""
-    here.kind = PROGRAM
-    put_on(here.sentinel)
+    if _bound:
+        here.kind = PROGRAM
+        put_on(here.sentinel)
+
+
+def release_thread() -> None:
+    """Take the sentinel off the present thread, for tests."""
+    take_off(here.sentinel)
 
 
 # --- regions --------------------------------------------------------------------------------------------------------
