@@ -7,6 +7,7 @@ Works on CUDA and on the simulated GPU alike.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import weakref
@@ -91,6 +92,11 @@ class TorchEvacuator:
         used = getattr(torch._C, "_cuda_hasPrimaryContext", None) if self._real else None
         return [ordinal for ordinal in range(cuda.device_count()) if used is None or used(ordinal)]
 
+    def _on_used_device(self) -> Any:
+        """A context in which CUDA calls for no device in particular go to one that this process uses anyway."""
+        ordinals = self._ordinals() if self._real else []
+        return cuda.device(ordinals[0]) if ordinals else contextlib.nullcontext()
+
     # --- evacuation ------------------------------------------------------------------------------------------------
 
     def evacuate(self) -> int:
@@ -103,7 +109,8 @@ class TorchEvacuator:
         storages = [storage for storage in storages if storage.resizable()]
         sizes = [int(torch._C.StorageBase.nbytes(storage)) for storage in storages]
         try:
-            places = self._pool.take(sizes)
+            with self._on_used_device():
+                places = self._pool.take(sizes)
         except MemoryError as error:
             raise EvacuationError(f"no room in host memory for {sum(sizes)} bytes of PyTorch's: {error}") from None
         try:
