@@ -157,6 +157,7 @@ def _wait_for_start(path: Path, process: subprocess.Popen[bytes], said: TextIO) 
         report = talk.status(path)
         if report is not None:
             print(f"gpu_assigner: started (process {report['pid']}) with {report['devices']}", file=sys.stderr)
+            process.returncode = 0  # it is meant to outlive us: no warning that it does
             return 0
         try:
             process.wait(0.01)
