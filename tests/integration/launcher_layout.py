@@ -42,6 +42,10 @@ FINISHED = True
 """
 
 DEVICES = """
+class CardError(Exception):
+    pass
+
+
 def create_cards(directory, spec):
     directory.mkdir(mode=0o700, exist_ok=True)
     (directory / "gpu0.card").write_text(str(spec))
