@@ -95,6 +95,24 @@ def test_a_program_that_never_pauses_is_preempted_between_its_regions(site: Site
     quiet_end(busy, other)
 
 
+def test_the_quantum_protects_a_busy_program_but_not_an_idle_one(site: Site) -> None:
+    site.start("1x64MiB", "--quantum", "1000")
+    busy, other = site.program(), site.program()
+    busy.begin("region_until_released")
+    wait_until("it to work", lambda: site.client(busy).get("state") == "running")
+    other.begin("enter")
+    wait_until("the revoke", lambda: site.client(busy)["revoked"])
+    for _ in range(20):
+        assert not busy.do("!facts")["closed"]
+    assert site.client(other)["state"] == "waiting"
+    busy.do("!release")
+    assert busy.end("region_until_released") > 0
+    other.end("enter")
+    other.do("leave")
+    assert site.violations() == []
+    quiet_end(busy, other)
+
+
 def test_an_open_region_is_never_cut_short(site: Site) -> None:
     site.start("1x64MiB", "--quantum", "0")
     first, second = site.program(), site.program()
