@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import sys
 import weakref
 from typing import Any
 
@@ -52,7 +53,7 @@ class TorchEvacuator:
         self._synchronize = cuda.synchronize
         self._empty_cache = cuda.empty_cache
         self.peaks = Peaks()
-        self._real = torch.version.cuda is not None or torch.version.hip is not None
+        self._real = not _is_simulated() and (torch.version.cuda is not None or torch.version.hip is not None)
         self._pool = pool if pool is not None else HostPool(*(_page_locking() if self._real else ()))
         self._parked: list[_Parked] = []
         self._streams: dict[int, Any] = {}
@@ -191,6 +192,12 @@ class _Copying:
             self._contexts.pop().__exit__(None, None, None)
         for ordinal in self._ordinals:
             self._streams[ordinal].synchronize()
+
+
+def _is_simulated() -> bool:
+    """Whether ``cuda`` is a simulated GPU, which a build of PyTorch for real ones can have as well."""
+    simulated = sys.modules.get("acb.hooks.torch.simulated")
+    return simulated is not None and simulated.current_ledger() is not None
 
 
 def _page_locking() -> tuple[Any, Any]:

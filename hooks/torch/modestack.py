@@ -13,6 +13,11 @@ from torch.utils._device import DeviceContext
 __all__ = ["mode_at", "pop_mode", "push_mode", "put_back", "put_on", "stack_size", "take_off"]
 
 
+_exit: Any = DeviceContext.__exit__
+_DEVICE_IS_LOWEST = "_len_torch_function_stack" in _exit.__code__.co_names
+"""Whether a default device insists on the lowest place of the stack; before PyTorch 2.5 it took the highest."""
+
+
 def put_on(sentinel: Any, position: int = 0) -> None:
     """Put the sentinel on this thread's mode stack at `position`, never below a default device, never twice."""
     above = []
@@ -20,7 +25,7 @@ def put_on(sentinel: Any, position: int = 0) -> None:
         mode = mode_at(size - 1)
         if mode is sentinel:
             break
-        if size == 1 and isinstance(mode, DeviceContext):
+        if size == 1 and _DEVICE_IS_LOWEST and isinstance(mode, DeviceContext):
             break
         above.append(pop_mode())
     else:
