@@ -81,6 +81,7 @@ class JaxEvacuator:
     def resident(self) -> int:
         """See Evacuator.resident."""
         if self._ledger is not None:
+            self._ledger.card.held()  # returns when what was freed is free for others: nobody is granted before
             return self._ledger.total()
         with moving():
             total = 0
