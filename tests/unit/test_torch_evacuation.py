@@ -229,7 +229,10 @@ def test_a_custom_functions_saved_tensors_are_found(card: Card, evacuator: Torch
     assert x.grad.tolist() == [12.0] * 10
 
 
-def test_hooks_on_saved_tensors_are_not_run(card: Card, evacuator: TorchEvacuator) -> None:
+def test_hooks_on_saved_tensors_are_not_run(
+    card: Card, evacuator: TorchEvacuator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reach, "_hooks_used", True)  # as the gating notes it
     unpacked: list[str] = []
 
     def unpack(packed: Any) -> Any:
@@ -245,7 +248,12 @@ def test_hooks_on_saved_tensors_are_not_run(card: Card, evacuator: TorchEvacuato
     assert x.grad.tolist() == [2.0] * 10
 
 
-def test_checkpointed_activations_are_not_recomputed_by_evacuation(card: Card, evacuator: TorchEvacuator) -> None:
+def test_checkpointed_activations_are_not_recomputed_by_evacuation(
+    card: Card, evacuator: TorchEvacuator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch.utils.checkpoint
+
+    monkeypatch.setattr(reach, "_hooks_used", True)
     runs: list[str] = []
 
     def block(x: Any) -> Any:
