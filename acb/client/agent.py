@@ -72,6 +72,12 @@ HEARTBEAT = 5.0
 _receive = socket.SocketType.recv
 """Not socket.socket's, which acb's own hooks replace to learn of what the program waits for."""
 
+STALL = 0.25
+"""Seconds that a thread inside may keep others at the closed gate, at first, before it is thought to wait for them."""
+
+MAX_STALL = 8.0
+"""Seconds, at most, of that patience: what takes longer than this inside one region is let go on."""
+
 TRACE_LINGER = 0.02
 """Seconds of idleness that a trace shows as such."""
 
@@ -110,6 +116,8 @@ class Agent:
         self._preempt_at = 0.0
         self._ended_at = 0.0  # when the program last said that its phase is over
         self._closing = False  # the gate is closed although the lease is held
+        self._closed_at = 0.0  # since when
+        self._stall_after = STALL
         self._refusal = ""
         self._room: tuple[bool, str] | None = None
         self._room_due = 0  # questions for more room that the broker has not answered
@@ -519,7 +527,7 @@ class Agent:
     def _granted(self, grant: Grant) -> None:
         self.gpu, self._headroom = grant.gpu, grant.headroom
         self.lease, self._requested, self._revoked = True, False, False
-        self._need, self._restore_wait = 0, 0.0
+        self._need, self._restore_wait, self._stall_after = 0, 0.0, STALL
         if not self._simulated and grant.visible and os.environ.get("CUDA_VISIBLE_DEVICES") != grant.visible:
             # Read by CUDA when it starts in this process; without effect, and without harm, after that.
             os.environ["CUDA_VISIBLE_DEVICES"] = grant.visible
@@ -627,13 +635,13 @@ class Agent:
         preempt = now >= self._preempt_at
         if self._closing:
             if self.gate.busy():
-                return None  # idle() wakes us
+                return self._consider_stall(now)  # idle() wakes us before
             self._give_up("preempted after its quantum", wants=self._wanted)
             return None
         if self.gate.busy():
             if not preempt:
                 return min(self._linger(), self._preempt_at - now)
-            self._closing = True
+            self._closing, self._closed_at = True, now
             self.gate.close()
             return 0.0
         if self.gate.expected() and now - self.gate.last_exit < MAX_LINGER:
@@ -646,13 +654,25 @@ class Agent:
         self.gate.close()
         if self.gate.busy():  # a thread was faster
             if preempt:
-                self._closing = True
+                self._closing, self._closed_at = True, now
             else:
                 self._reopen()
             return MIN_LINGER
         cause = "the program said so" if ended else "CPU phase" if said else "idle" if wait <= 0 else "preempted"
         self._give_up(cause, wants=self._wanted)
         return None
+
+    def _consider_stall(self, now: float) -> float:
+        """The gate is closed and a thread inside: it may wait for one that stands outside, as a forward does that
+        computes on threads of its own. After a while let them in, and try again later, with more patience each time.
+        """
+        left = self._closed_at + self._stall_after - now
+        if left > 0 or not self.gate.waiting():
+            return max(left, STALL)
+        self._stall_after = min(MAX_STALL, 2 * self._stall_after)
+        self._preempt_at = now + STALL
+        self._reopen()
+        return STALL
 
     def _give_up(self, cause: str, wants: bool) -> None:
         """Hand the lease back. The gate is closed and no thread is inside."""

@@ -222,6 +222,10 @@ class Gate:
                 return True
         return False
 
+    def waiting(self) -> bool:
+        """Whether a thread stands at the gate."""
+        return self._waiting > 0
+
     def expected(self) -> bool:
         """Whether a thread that waited at the gate is about to come in: it is open, but the thread has not run yet."""
         return self._waiting > 0 and not self.closed

@@ -58,3 +58,15 @@ def test_nothing_touches_the_device_while_another_client_holds_it(
         assert card.violations() == []
     assert competitor.returncode == 0
     assert int(times) > 20, "the competitor hardly ever had the GPU: nothing was tried"
+
+
+@pytest.mark.timeout(200)
+def test_a_phase_that_waits_for_threads_of_its_own_is_not_stopped_for_ever(environment: dict[str, str]) -> None:
+    command = [*LAUNCH, sys.executable, str(PROGRAMS / "inner_threads.py")]
+    programs = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        outputs = [program.communicate(timeout=90)[0] for program in programs]
+    finally:
+        for program in programs:
+            program.kill()
+    assert outputs == ["160\n", "160\n"]
