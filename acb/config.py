@@ -20,6 +20,9 @@ The set is that of Fujitsu's broker.
 ASSUMED_BANDWIDTH = 8 << 30
 """Bytes a second between host and GPU while no swap has been measured: a slow PCIe 3 bus."""
 
+MAX_GPUS = 64
+"""In one pool."""
+
 _SUN_PATH_MAX = 107  # bytes of a Unix socket's path that Linux accepts, less the closing NUL
 _UNITS = {"": 1, "B": 1, **{f"{p}iB": 1 << 10 * (i + 1) for i, p in enumerate("KMGT")}}
 _UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")} | {
@@ -80,6 +83,21 @@ def format_size(size: int, *, exact: bool = False) -> str:
         if size >= factor and (not exact or size % factor == 0):
             return f"{size // factor}{unit}" if size % factor == 0 else f"{size / factor:.1f}{unit}"
     return f"{size}B"
+
+
+def parse_whole(what: str, text: str, least: int, most: int) -> int:
+    """The whole number that the option `what` was given. Raises ConfigError unless it is from `least` to `most`."""
+    if not re.fullmatch(r"[+-]?[0-9]{1,9}", text.strip()) or not least <= int(text) <= most:
+        raise ConfigError(f"{what} needs a whole number from {least} to {most}, not {text!r}")
+    return int(text)
+
+
+def parse_weight(text: str) -> float:
+    """A share beside other programs' shares. Raises ConfigError unless it is from 0.01 to 100."""
+    weight = _number(text)
+    if not 0.01 <= weight <= 100:
+        raise ConfigError(f"--weight needs a number from 0.01 to 100, not {text!r}")
+    return weight
 
 
 def parse_simulated(text: str) -> SimulatedSpec:

@@ -39,7 +39,13 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Hello(Message):
-    """The first packet of a client. After a broker's death it also tells the next one what the client holds."""
+    """The first packet of a client. After a broker's death it also tells the next one what the client holds.
+
+    `count` GPUs at once are asked for. A process that is one of `gang_size` which only run together, each on a GPU of
+    its own, names its `gang`, and its `rank` in it from 0. `gpu` is the ordinal of the GPU that the client is bound to,
+    -1: none yet; of a client of several, the first, and `gpus` has all, as in Grant. Sizes are bytes on one GPU; of a
+    client of several GPUs, on the fullest.
+    """
 
     type: ClassVar[str] = "hello"
     version: int
@@ -51,6 +57,13 @@ class Hello(Message):
     resident: int = 0
     evacuated: int = 0
     peak: int = 0
+    priority: int = 0
+    weight: float = 1.0
+    count: int = 1
+    gpus: str = ""
+    gang: str = ""
+    gang_size: int = 0
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,20 +154,30 @@ class Welcome(Message):
 
 @dataclass(frozen=True, slots=True)
 class Grant(Message):
-    """The lease of GPU `gpu` (of the name `visible` to CUDA_VISIBLE_DEVICES), with room for `headroom` bytes in all."""
+    """The lease of GPU `gpu` (of the name `visible` to CUDA_VISIBLE_DEVICES), with room for `headroom` bytes in all.
+
+    `gpus`: the ordinals, separated by commas, of all GPUs that the process is to see, in the order of `visible`, when
+    they are more than one: those of a client of several GPUs, or of its gang.
+    """
 
     type: ClassVar[str] = "grant"
     gpu: int
     visible: str
     headroom: int
+    gpus: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Revoke(Message):
-    """Another client waits: yield when idle, and after `quantum` seconds from now at the next safe point."""
+    """Another client waits: yield when idle, and after `quantum` seconds from now at the next safe point.
+
+    `swap`: what yielding will cost the client, in seconds of moving memory out and in again, as far as the broker
+    knows; -1: it does not. It may be sent again with other values, which then hold.
+    """
 
     type: ClassVar[str] = "revoke"
     quantum: float
+    swap: float = -1.0
 
 
 @dataclass(frozen=True, slots=True)

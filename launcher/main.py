@@ -6,6 +6,9 @@ input and output are its own. A broker is started when none runs.
   --broker auto|require|off   start a broker if none runs (auto, the default), insist on a running one, or use none
   --simulate-gpus NxSIZE      on a machine without a GPU: N simulated ones of SIZE bytes each, such as 1x2GiB
   --gpu-memory SIZE           how much GPU memory COMMAND will need at most, as a hint to the broker
+  --gpus K                    let COMMAND see K GPUs, which it gets all at once (torchrun's workers need no option)
+  --priority N                -100 to 100: with the scheduler `priority`, who comes first (default 0)
+  --weight W                  with the scheduler `fair`, its share of GPU time beside the others' (default 1)
   --name NAME                 what to call COMMAND in `gpu_assigner status`
   --trace FILE                write every change of state, with its cause, to FILE, one JSON object a line
   --quiet                     no messages of acb on stderr but errors
@@ -30,7 +33,19 @@ from acb import __version__, config
 from acb.launcher import command
 from acb.launcher.environment import BOOTSTRAP, broker_variables, initial_environment, instrumented
 
-_OPTIONS = ["broker=", "simulate-gpus=", "gpu-memory=", "name=", "trace=", "quiet", "version", "help"]
+_OPTIONS = [
+    "broker=",
+    "simulate-gpus=",
+    "gpu-memory=",
+    "gpus=",
+    "priority=",
+    "weight=",
+    "name=",
+    "trace=",
+    "quiet",
+    "version",
+    "help",
+]
 BROKER_MODES = ("auto", "require", "off")
 
 
@@ -103,6 +118,12 @@ def parse(arguments: list[str], environ: dict[str, str]) -> Options:
             options.simulate = str(config.parse_simulated(value))
         elif name == "--gpu-memory":
             options.variables["ACB_GPU_MEMORY"] = str(config.parse_size(value))
+        elif name == "--gpus":
+            options.variables["ACB_GPUS"] = str(config.parse_whole(name, value, 1, config.MAX_GPUS))
+        elif name == "--priority":
+            options.variables["ACB_PRIORITY"] = str(config.parse_whole(name, value, -100, 100))
+        elif name == "--weight":
+            options.variables["ACB_WEIGHT"] = str(config.parse_weight(value))
         elif name == "--name":
             if not value.isprintable() or not 0 < len(value) <= 200:
                 raise config.ConfigError("--name needs 1 to 200 printable characters")

@@ -22,6 +22,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from acb import config
+from acb.client import wishes
 from acb.client.evacuation import EvacuationError, Evacuator, evacuate_all
 from acb.client.phases import MAX_LINGER, MIN_LINGER, SwapCost, choose_linger
 from acb.client.trace import Trace
@@ -96,6 +97,7 @@ class Agent:
 
     def __init__(self, evacuators: list[Evacuator], name: str, simulated: bool) -> None:
         self.gpu: int | None = None
+        self.gpus: tuple[int, ...] = ()
         self.lease = False
         self._evacuators = evacuators
         self._name = name
@@ -394,10 +396,12 @@ class Agent:
                 self._name,
                 memory_hint=_hint(),
                 gpu=-1 if self.gpu is None else self.gpu,
+                gpus=",".join(map(str, self.gpus)) if len(self.gpus) > 1 else "",
                 holding=self.lease,
                 resident=self._resident(),
                 evacuated=self._evacuated,
                 peak=self._sum("peak") if self.gpu is not None else 0,
+                **wishes.of_this_process()._asdict(),
             )
             self._send(hello)
 
@@ -526,6 +530,7 @@ class Agent:
 
     def _granted(self, grant: Grant) -> None:
         self.gpu, self._headroom = grant.gpu, grant.headroom
+        self.gpus = tuple(map(int, grant.gpus.split(","))) if grant.gpus else (grant.gpu,)
         self.lease, self._requested, self._revoked = True, False, False
         self._need, self._restore_wait, self._stall_after = 0, 0.0, STALL
         if not self._simulated and grant.visible and os.environ.get("CUDA_VISIBLE_DEVICES") != grant.visible:

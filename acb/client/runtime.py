@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from acb.client.evacuation import Evacuator
 
+from acb.client import wishes
 from acb.client.gate import Gate
 
 
@@ -44,6 +45,19 @@ class Client:
     def gpu(self) -> int | None:
         """The ordinal of the GPU that this process is bound to; None before the first lease."""
         return self.agent.gpu if self.gating else 0
+
+    @property
+    def gpus(self) -> tuple[int, ...]:
+        """The ordinals of the GPUs behind ``cuda:0``, ``cuda:1`` and so on of this program; empty before the first
+        lease."""
+        return self.agent.gpus if self.gating else tuple(range(self.count))
+
+    @property
+    def count(self) -> int:
+        """How many GPUs the program sees: one, unless it asked for more or is one of several that run together."""
+        if self.gating and self.agent.gpus:
+            return len(self.agent.gpus)
+        return wishes.visible_gpus()
 
     def add_evacuator(self, evacuator: Evacuator) -> None:
         """Let the agent move this framework's memory."""
