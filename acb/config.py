@@ -107,9 +107,9 @@ def parse_simulated(text: str) -> SimulatedSpec:
     """
     head, *options = text.split(",")
     match = re.fullmatch(r"\s*([0-9]{1,9})\s*[xX]\s*(.+)", head)
-    if match is None or not 0 < int(match[1]) <= 64:
+    if match is None or not 0 < int(match[1]) <= MAX_GPUS:
         raise ConfigError(
-            f"{text!r} does not describe simulated GPUs; write a count (1 to 64) and a size, such as 1x2GiB"
+            f"{text!r} does not describe simulated GPUs; write a count (1 to {MAX_GPUS}) and a size, such as 1x2GiB"
         )
     spec = SimulatedSpec(int(match[1]), parse_size(match[2]))
     for option in options:
