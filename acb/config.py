@@ -208,6 +208,16 @@ def env_path() -> Path:
     return socket_path().with_suffix(".env")
 
 
+def programs_path() -> Path | None:
+    """The file with what brokers have learned of programs: in ``$ACB_STATE_DIR``, else ``$XDG_STATE_HOME/acb``, else
+    ``~/.local/state/acb``. None: there is no such place."""
+    chosen, xdg = os.environ.get("ACB_STATE_DIR"), os.environ.get("XDG_STATE_HOME")
+    home = os.path.expanduser("~/.local/state")
+    if not chosen and not xdg and not os.path.isabs(home):
+        return None
+    return Path(os.path.abspath(chosen) if chosen else os.path.join(xdg or home, "acb"), "programs.json")
+
+
 def simulated_dir(spec: SimulatedSpec) -> Path:
     """The directory of the simulated GPUs that all programs started with the same `spec` share, within one job."""
     return runtime_dir() / ("simulated-" + re.sub(r"[^A-Za-z0-9.]+", "-", str(spec)) + job_suffix())

@@ -114,6 +114,7 @@ def broker(gpus: str = "1x1GiB") -> Iterator[dict[str, str]]:
     """
     directory = tempfile.mkdtemp(prefix="acb-bench-")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACB_", "SLURM_", "PJM_"))}
+    environment["ACB_STATE_DIR"] = directory
     environment |= {"ACB_RUNTIME_DIR": directory, "ACB_BROKER": "require", "PYTHONPATH": _search_path()}
     command = [sys.executable, "-m", "acb.cli.gpu_assigner"]
     try:

@@ -163,6 +163,7 @@ def _prepare(options: Options, environ: dict[str, str], file: str) -> dict[str, 
                     f"leave the option out, or end that broker first with: gpu_assigner stop",
                     config.EX_UNAVAILABLE,
                 )
+        _check_pool(variables.get("ACB_POOL", ""), options)
         variables["ACB_SOCKET"] = str(socket)
     variables |= options.variables | {"ACB_BROKER": options.broker}
     flag = command.python_flag_against(file, options.command)
@@ -175,6 +176,25 @@ def _prepare(options: Options, environ: dict[str, str], file: str) -> dict[str, 
             config.EX_UNAVAILABLE,
         )
     return instrumented(environ, variables, sys.executable)
+
+
+def _check_pool(pool: str, options: Options) -> None:
+    """Raise ConfigError when the broker's GPUs can never be what the options ask for."""
+    count, _, largest = pool.partition("x")
+    if not (count.isdigit() and largest.isdigit()):
+        return  # a broker of another release, which will say so itself
+    wanted = int(options.variables.get("ACB_GPUS", "1"))
+    if wanted > int(count):
+        raise config.ConfigError(
+            f"--gpus {wanted}: the running broker has {count}; ask for less, or start one with more", config.EX_DATAERR
+        )
+    size = int(options.variables.get("ACB_GPU_MEMORY", "0"))
+    if size > int(largest):
+        raise config.ConfigError(
+            f"--gpu-memory {config.format_size(size)}: the largest GPU of the running broker has "
+            f"{config.format_size(int(largest))}",
+            config.EX_DATAERR,
+        )
 
 
 def _running_broker(options: Options) -> Path:

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from acb import processes
 from acb._version import __version__
 from acb.broker.core import Broker, Client, Gpu, Send
+from acb.broker.history import History
 from acb.broker.journal import Journal
 from acb.broker.metrics import Metrics
 from acb.broker.policies import POLICIES
@@ -28,12 +29,16 @@ from acb.protocol import (
     VERSION,
     AskStatus,
     AskStop,
+    Evacuated,
     Goodbye,
     Hello,
     Message,
+    MoreRoom,
     ProtocolError,
     Refused,
+    Restored,
     Status,
+    Yield,
     decode,
     encode,
 )
@@ -58,10 +63,13 @@ LOG_LINES = 10_000
 
 
 class Referee(Protocol):
-    """What the server tells a device of its leases; the simulated card checks every operation against it."""
+    """What the server tells a device of its leases, and asks it; the simulated card checks every operation."""
 
     def set_holders(self, pids: Iterable[int] | None) -> None:
         """These processes, and no others, may use the GPU from now on; None: there is no broker any more."""
+
+    def holds(self, pid: int) -> int:
+        """Bytes that a process has there at this moment, whatever it says itself."""
 
 
 class Server:
@@ -76,11 +84,13 @@ class Server:
         scheduler: str = "fifo",
         quantum: float | None = None,
         description: str = "",
+        history: History | None = None,
     ) -> None:
         self._path = path
-        self._core = Broker(gpus, POLICIES[scheduler](quantum))
+        self._history = history or History(None)
+        self._core = Broker(gpus, POLICIES[scheduler](quantum), self._history.programs)
         self._journal = journal
-        self._referees = list(referees)
+        self._referees = {gpu.ordinal: referee for gpu, referee in zip(gpus, referees, strict=False)}
         self._metrics = Metrics()
         self._description = description
         self._started = time.monotonic()
@@ -125,6 +135,8 @@ class Server:
                     # Else it was closed on behalf of an earlier one of these.
                 if self._recover_until is not None:
                     self._check_recovery()
+                if self._core.wake_at is not None and self._core.wake_at <= time.monotonic():
+                    self._deliver(self._core.tick(time.monotonic()))
         finally:
             signal.set_wakeup_fd(-1)
             self._close()
@@ -154,15 +166,21 @@ class Server:
         for connection in list(self._connections.values()):
             connection.send(Goodbye(os.getpid()))
             connection.socket.close()
-        for referee in self._referees:
+        for referee in self._referees.values():
             referee.set_holders(None)
+        self._history.save()
         self._listener.close()
         self._path.unlink(missing_ok=True)
         if not self._journal.survivors():  # else they keep what they hold, and the next broker must know of them
             self._journal.remove()
 
     def _timeout(self) -> float | None:
-        return None if self._recover_until is None else 0.05
+        """Seconds until something must be looked at, at the latest; None: not before a packet comes."""
+        wake_at = self._core.wake_at
+        left = None if wake_at is None else max(0.0, wake_at - time.monotonic())
+        if self._recover_until is not None:
+            return 0.05 if left is None else min(0.05, left)
+        return left
 
     def _check_recovery(self) -> None:
         """The clients of a broker that died: stop waiting for those that are dead too, and for all after a while."""
@@ -263,6 +281,7 @@ class Server:
 
     def _forget(self, connection: Connection) -> None:
         self._journal.went(connection.pid)
+        self._history.client_ended()
         self._deliver(self._core.gone(connection.id, time.monotonic()))
 
     # --- messages --------------------------------------------------------------------------------------------------
@@ -278,10 +297,22 @@ class Server:
                 self._finish_former(connection)
                 # What the kernel says counts, also where the peer lives in another pid namespace.
                 message = replace(message, pid=connection.pid, name=_printable(message.name[:NAME_LENGTH]))
+            else:
+                message = self._corrected(connection, message)
             self._deliver(self._core.handle(connection.id, message, time.monotonic()))
             self._metrics.received(message)
             if isinstance(message, Hello) and connection.id in self._core.clients:
                 self._journal.came(connection.pid)
+
+    def _corrected(self, connection: Connection, message: Message) -> Message:
+        """The message with what the device says that the client has there, where it can say."""
+        if isinstance(message, (Yield, Evacuated, Restored, MoreRoom)) and self._referees:
+            client = self._core.clients.get(connection.id)
+            gpus = client.gpus if client is not None else []
+            held = [self._referees[gpu.ordinal].holds(connection.pid) for gpu in gpus if gpu.ordinal in self._referees]
+            if held and max(held) != message.resident:
+                return replace(message, resident=max(held))
+        return message
 
     def _finish_former(self, connection: Connection) -> None:
         """A process says hello again: what its former connection still has, its end above all, came before that."""
@@ -316,8 +347,9 @@ class Server:
                 continue  # who held the lease of the broker that died may run on meanwhile
             if gpu.holders != self._holders[index]:
                 self._holders[index] = set(gpu.holders)
-                if index < len(self._referees):
-                    self._referees[index].set_holders([self._core.clients[i].pid for i in sorted(gpu.holders)])
+                if gpu.ordinal in self._referees:
+                    pids = [self._core.clients[number].pid for number in sorted(gpu.holders)]
+                    self._referees[gpu.ordinal].set_holders(pids)
 
     def _status(self, after: int) -> Status:
         """The report, when it is the first packet, and the clients with ids above `after` that fit."""
@@ -349,6 +381,8 @@ class Server:
             "ordinal": gpu.ordinal,
             "visible": gpu.visible,
             "capacity": gpu.capacity,
+            "slots": gpu.slots,
+            "load": round(gpu.load, 2),
             "resident": sum(c.resident for c in clients if not c.lease),
             "headroom": sum(c.headroom for c in clients if c.lease),
             "holders": [self._core.clients[i].pid for i in sorted(gpu.holders)],
@@ -401,6 +435,10 @@ def _client_report(client: Client, now: float) -> dict[str, Any]:
         "name": client.name,
         "state": client.state,
         "gpu": client.gpu,
+        "gpus": [gpu.ordinal for gpu in client.gpus],
+        "gang": client.unit.gang or None,
+        "priority": client.unit.priority,
+        "weight": client.unit.weight,
         "resident": client.resident,
         "evacuated": client.evacuated,
         "peak": client.peak,

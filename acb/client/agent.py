@@ -115,6 +115,7 @@ class Agent:
         self._headroom = 0
         self._evacuated = 0
         self._revoked = False
+        self._swap_expected = -1.0  # what the broker expects yielding to cost, in seconds; -1: it does not know
         self._preempt_at = 0.0
         self._ended_at = 0.0  # when the program last said that its phase is over
         self._closing = False  # the gate is closed although the lease is held
@@ -593,7 +594,7 @@ class Agent:
     def _revoke(self, message: Revoke) -> None:
         if not self.lease:
             return  # it crossed our Yield
-        self._revoked = True
+        self._revoked, self._swap_expected = True, message.swap
         self._preempt_at = time.monotonic() + message.quantum
         if not self._closing and not self.gate.closed:
             self.gate.watch()
@@ -713,7 +714,8 @@ class Agent:
         self.gate.open(watched=self._revoked or self._trace.enabled)
 
     def _linger(self) -> float:
-        return choose_linger(self.gate.gaps, self._swap.estimate(self._resident()))
+        swap = self._swap_expected if self._swap_expected >= 0 else self._swap.estimate(self._resident())
+        return choose_linger(self.gate.gaps, swap)
 
     def _observe(self, now: float) -> float:
         """Without anybody waiting, only for the trace: tell running from idle."""

@@ -205,6 +205,13 @@ class Card:
                 return self._held
         return dict(self.processes()).get(pid, 0)
 
+    def holds(self, pid: int) -> int:
+        """As held(pid), without looking whether the process still lives: a few microseconds."""
+        words = self._words
+        count = words[layout.HIGH_WATER]
+        pids = words[layout.PIDS : layout.PIDS + count].tolist()
+        return sum(words[layout.HELD + slot] for slot, owner in enumerate(pids) if owner == pid)
+
     def used(self) -> int:
         """Bytes held by all live processes."""
         return sum(held for _, held in self.processes())

@@ -60,6 +60,7 @@ class Site:
             if not k.startswith(("ACB_", "SLURM_", "PJM_", "XDG_RUNTIME", "CUDA_VISIBLE"))
         }
         environ |= {"ACB_RUNTIME_DIR": str(self.directory), "PYTHONPATH": str(REPOSITORY)}
+        environ["ACB_STATE_DIR"] = str(self.log / "state")
         for key, value in changes.items():
             environ.pop(key, None)
             if value is not None:

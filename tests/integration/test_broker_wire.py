@@ -180,10 +180,22 @@ def test_lies_about_memory_cost_nobody_else_the_gpu(site: Site) -> None:
         with welcome(site) as honest:
             honest.send(Request())
             assert isinstance(liar.receive(), Revoke)
-            liar.send(Yield(1 << 61, 1 << 61))
-            assert isinstance(liar.receive(), Evacuate)
-            liar.send(Evacuated(-5, 1 << 61))
+            liar.send(Yield(1 << 61, 1 << 61))  # the GPU itself knows that nothing of it is there
             assert honest.receive() == Grant(0, "0", 64 * MIB)
+
+
+def test_a_client_that_says_it_holds_nothing_is_evacuated_of_what_it_holds(site: Site) -> None:
+    site.start("1x64MiB")
+    with welcome(site) as liar, welcome(site) as honest, site.card() as card:
+        liar.send(Request())
+        assert isinstance(liar.receive(), Grant)
+        card.allocate(40 * MIB)
+        honest.send(Request())
+        assert isinstance(liar.receive(), Revoke)
+        liar.send(Yield(0))
+        assert isinstance(liar.receive(), Evacuate)
+        liar.send(Evacuated(0, 40 * MIB))  # and has not moved it
+        assert honest.receive() == Grant(0, "0", 24 * MIB)
 
 
 def test_long_and_odd_names_are_shown(site: Site) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -33,9 +35,10 @@ CAPACITY = 1000
 class Program:
     """A well-behaved client as the broker should see it: it keeps its own books and answers what it is told."""
 
-    def __init__(self, size: int, residue: int) -> None:
-        self.size, self.residue = size, residue
+    def __init__(self, size: int, residue: int, gang: str = "") -> None:
+        self.size, self.residue, self.gang = size, residue, gang
         self.resident = self.evacuated = self.peak = 0
+        self.gpus: tuple[int, ...] = ()
         self.lease = self.waiting = self.revoked = self.evacuate = self.restoring = self.refused = False
         self.room_answers = self.room_asked = 0
 
@@ -43,6 +46,10 @@ class Program:
         if isinstance(message, Grant):
             assert self.waiting
             assert not self.lease
+            assert not self.evacuate
+            gpus = tuple(map(int, message.gpus.split(","))) if message.gpus else (message.gpu,)
+            assert self.gpus in ((), gpus), "it was moved to other GPUs"
+            self.gpus = gpus
             self.lease, self.waiting, self.restoring = True, False, self.evacuated > 0
         elif isinstance(message, Revoke):
             self.revoked = True
@@ -60,12 +67,22 @@ class Program:
 
 
 class Histories(RuleBasedStateMachine):
-    """Programs of random sizes come, ask, compute, yield, are evacuated, refuse, and die, in any order."""
+    """Programs of random sizes, alone, on several GPUs and in gangs, come, ask, compute, yield, are evacuated, refuse,
+    and die, in any order; the broker may die, too."""
 
-    @initialize(policy=st.sampled_from(sorted(POLICIES)), slots=st.integers(1, 2), gpus=st.integers(1, 2))
-    def start(self, policy: str, slots: int, gpus: int) -> None:
-        self.broker = Broker([Gpu(i, CAPACITY, str(i), slots) for i in range(gpus)], POLICIES[policy](None))
+    @initialize(
+        policy=st.sampled_from(sorted(POLICIES)),
+        slots=st.integers(1, 2),
+        sizes=st.lists(st.sampled_from([CAPACITY, CAPACITY, CAPACITY // 2]), min_size=1, max_size=3),
+    )
+    def start(self, policy: str, slots: int, sizes: list[int]) -> None:
+        self.make = lambda: Broker(
+            [Gpu(i, size, str(i), slots) for i, size in enumerate(sizes)], POLICIES[policy](None)
+        )
+        self.broker = self.make()
+        self.count, self.largest = len(sizes), max(sizes)
         self.programs: dict[int, Program] = {}
+        self.hellos: dict[int, Hello] = {}
         self.now, self.next_id = 0.0, 1
 
     def tell(self, client: int, message: Message) -> None:
@@ -80,16 +97,29 @@ class Histories(RuleBasedStateMachine):
         fitting = [(i, p) for i, p in self.programs.items() if condition(p)]
         return data.draw(st.sampled_from(fitting)) if fitting else None
 
+    def come_as(self, program: Program, **fields) -> None:
+        client, self.next_id = self.next_id, self.next_id + 1
+        self.programs[client] = program
+        self.hellos[client] = Hello(VERSION, 1000 + client, f"p{client % 3}", **fields)
+        self.tell(client, self.hellos[client])
+
     @rule(
         size=st.integers(0, CAPACITY),
         hint=st.sampled_from([0, 0, 300, CAPACITY, CAPACITY + 1]),
         residue=st.sampled_from([0, 30]),
+        priority=st.sampled_from([0, 0, 5, -5]),
+        weight=st.sampled_from([1.0, 4.0]),
+        count=st.sampled_from([1, 1, 1, 2, 3]),
     )
-    def come(self, size: int, hint: int, residue: int) -> None:
+    def come(self, size: int, hint: int, residue: int, priority: int, weight: float, count: int) -> None:
         if len(self.programs) < 7:
-            client, self.next_id = self.next_id, self.next_id + 1
-            self.programs[client] = Program(min(size, hint) if hint else size, residue)
-            self.tell(client, Hello(VERSION, 1000 + client, f"p{client}", memory_hint=hint))
+            program = Program(min(size, hint) if hint else size, residue)
+            self.come_as(program, memory_hint=hint, priority=priority, weight=weight, count=count)
+
+    @rule(data=st.data(), size=st.integers(0, 400), gang=st.sampled_from(["a", "b"]), rank=st.integers(0, 1))
+    def come_as_a_member(self, data: st.DataObject, size: int, gang: str, rank: int) -> None:
+        if len(self.programs) < 7:
+            self.come_as(Program(size, 0, gang), gang=gang, gang_size=2, rank=rank)
 
     @rule(data=st.data())
     def ask(self, data: st.DataObject) -> None:
@@ -132,12 +162,62 @@ class Histories(RuleBasedStateMachine):
             found[1].room_asked += 1
             self.tell(found[0], MoreRoom(found[1].resident, nbytes))
 
+    @rule(data=st.data(), truth=st.integers(0, CAPACITY))
+    def observe(self, data: st.DataObject, truth: int) -> None:
+        """The device says that a program has lied."""
+        if found := self.pick(data, lambda p: not p.lease and not p.evacuate and p.gpus):
+            self.now += 0.001
+            self.deliver(self.broker.observed(found[0], truth, self.now))
+            found[1].resident = self.broker.clients[found[0]].resident
+
+    @rule(seconds=st.sampled_from([0.3, 10.0, 500.0]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        if self.broker.wake_at is not None and self.broker.wake_at <= self.now:
+            self.deliver(self.broker.tick(self.now))
+            assert self.broker.wake_at is None or self.broker.wake_at > self.now
+
     @rule(data=st.data())
     def die(self, data: st.DataObject) -> None:
         if found := self.pick(data, lambda p: True):
             del self.programs[found[0]]
             self.now += 0.001
             self.deliver(self.broker.gone(found[0], self.now))
+
+    @rule(data=st.data())
+    def broker_dies(self, data: st.DataObject) -> None:
+        """All tell the next one what they hold, in any order; some die before that."""
+        self.broker = self.make()
+        self.broker.recover({1000 + client for client in self.programs})
+        for client in data.draw(st.permutations(sorted(self.programs))):
+            program = self.programs[client]
+            if data.draw(st.sampled_from([False, False, False, True])):
+                del self.programs[client]
+                self.deliver(self.broker.recovered({1000 + client}, self.now))
+                continue
+            program.evacuate = program.revoked = False
+            program.room_asked = program.room_answers = 0
+            gpu = -1
+            if program.gpus:
+                gpu = program.gpus[self.hellos[client].rank if program.gang and len(program.gpus) > 1 else 0]
+            hello = replace(
+                self.hellos[client],
+                gpu=gpu,
+                gpus=",".join(map(str, program.gpus)) if len(program.gpus) > 1 else "",
+                holding=program.lease,
+                resident=program.resident,
+                evacuated=program.evacuated,
+                peak=program.peak,
+            )
+            self.now += 0.001
+            sends = self.broker.handle(client, hello, self.now)
+            [welcome] = [m for c, m in sends if c == client and isinstance(m, Welcome)]
+            if program.lease and not welcome.lease:
+                program.lease, program.waiting, program.restoring = False, False, False
+            self.deliver([send for send in sends if send.message is not welcome])
+        for client, program in list(self.programs.items()):
+            if program.waiting:
+                self.tell(client, Request())
 
     @precondition(lambda self: self.programs)
     @rule(
@@ -171,6 +251,7 @@ class Histories(RuleBasedStateMachine):
         for _ in range(60 * (len(self.programs) + 1)):
             if not waited:
                 break
+            self.wait(1.0)
             for client, program in list(self.programs.items()):
                 if program.evacuate:
                     program.evacuate = False
@@ -271,7 +352,9 @@ def test_a_client_that_cannot_be_moved_may_overtake_the_one_it_keeps_out() -> No
     broker.handle(1, Yield(600, 600, wants=True), 1.0)
     granted, revoked = broker.handle(1, Evacuated(600, 0, 0.0, "captured CUDA graphs"), 1.1)
     assert granted == (1, Grant(0, "GPU-x", CAPACITY))
-    assert revoked == (1, Revoke(1.0))
+    assert revoked.client == 1
+    assert isinstance(revoked.message, Revoke)
+    assert revoked.message.quantum == 1.0
     assert broker.gone(1, 9.0) == [(2, Grant(0, "GPU-x", CAPACITY))]
 
 

@@ -27,6 +27,10 @@ class Pool:
     environment: dict[str, str] = field(default_factory=dict)
     directory: Path | None = None
 
+    def variables(self) -> dict[str, str]:
+        """The environment, and the pool's GPU count and largest size, by which a launcher can tell what is too much."""
+        return {**self.environment, "ACB_POOL": f"{len(self.gpus)}x{max(gpu.capacity for gpu in self.gpus)}"}
+
     def close(self) -> None:
         """Remove the simulated cards, unless a program still uses them."""
         if self.directory is not None and not any(card.processes() for card in self.cards):

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from acb.broker.history import History
 from acb.broker.journal import Journal
 from acb.broker.policies import POLICIES
 from acb.cli.command import argument
@@ -30,7 +31,9 @@ from acb.config import (
     ConfigError,
     env_path,
     parse_simulated,
+    parse_whole,
     pid_path,
+    programs_path,
     socket_path,
 )
 
@@ -52,13 +55,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="lend simulated GPUs, such as 1x2GiB; options: ,bandwidth=20GiB (a second) ,speed=0.5",
     )  # fmt: skip
     parser.add_argument(
-        "--scheduler", choices=sorted(POLICIES), default="fifo", help="who is next (default: %(default)s)"
-    )
+        "--scheduler", choices=sorted(POLICIES), default="fifo", metavar="NAME",
+        help="who is next: fifo (simple), fair (gpu-sharing), priority, backfill, affinity (gpu-affinity); "
+        "default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument(
+        "--slots", metavar="N", type=argument(_slots), default=1,
+        help="let so many programs compute on one GPU at once, if their memory fits (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--quantum",
         metavar="SECONDS",
         type=argument(_seconds),
-        help="protect a busy program for so long when others wait (default: ten times what swapping costs, 1 to 60 s)",
+        help="protect a busy program for so long when others wait (default: 33 times what swapping costs, 1 to 120 s)",
     )
     parser.add_argument("--foreground", action="store_true", help="stay in the foreground and log to stderr")
     parser.add_argument("--recover", action="store_true", help="use the options of a broker that left its clients")
@@ -77,6 +86,10 @@ def run(options: argparse.Namespace) -> int:
     if options.foreground:
         return _serve(path, options)
     return _spawn(path, options)
+
+
+def _slots(text: str) -> int:
+    return parse_whole("--slots", text, 1, 48)
 
 
 def _seconds(text: str) -> float:
@@ -106,6 +119,8 @@ def _take_over(options: argparse.Namespace) -> None:
                     setattr(options, name, parse(text))
         if journal.options.get("scheduler") in POLICIES:
             options.scheduler = journal.options["scheduler"]
+        with contextlib.suppress(ConfigError):
+            options.slots = _slots(str(journal.options.get("slots", options.slots)))
 
 
 def _pool(options: argparse.Namespace) -> pools.Pool:
@@ -120,6 +135,7 @@ def _options(options: argparse.Namespace) -> dict[str, Any]:
         "gpu_list": ",".join(options.gpu_list) if options.gpu_list else None,
         "simulate_gpus": str(options.simulate_gpus) if options.simulate_gpus else None,
         "scheduler": options.scheduler,
+        "slots": str(options.slots),
         "quantum": None if options.quantum is None else str(options.quantum),
     }
 
@@ -216,10 +232,15 @@ def _set_up(path: Path, pool: pools.Pool, journal: Journal, options: argparse.Na
 
     journal.begin(_options(options))
     with open(os.devnull if options.log is None else options.log, "wb") as log:
-        env_path().write_text("".join(f"{name}={value}\n" for name, value in pool.environment.items()))
+        env_path().write_text("".join(f"{name}={value}\n" for name, value in pool.variables().items()))
         with contextlib.suppress(OSError):
             Path("/proc/self/comm").write_text("gpu_assigner")
-        server = Server(path, pool.gpus, journal, pool.cards, options.scheduler, options.quantum, pool.description)
+        for gpu in pool.gpus:
+            gpu.slots = options.slots
+        history = History(programs_path())
+        server = Server(
+            path, pool.gpus, journal, pool.cards, options.scheduler, options.quantum, pool.description, history
+        )
         pid_path().write_text(f"{os.getpid()}\n")
         if options.log is not None:
             os.dup2(log.fileno(), 2)

@@ -39,6 +39,7 @@ class Stage:
         self.gpu_words = f"{spec.count} simulated GPU{'s' * (spec.count > 1)} of {format_size(spec.capacity)}"
         self._runtime = tempfile.mkdtemp(prefix="acb-demo-")
         self.environment = {**os.environ, **ONE_THREAD, "ACB_RUNTIME_DIR": self._runtime}
+        self.environment["ACB_STATE_DIR"] = self._runtime
         for name in ("ACB_SOCKET", "ACB_DISABLE", "ACB_BROKER", "ACB_SIMULATED", "ACB_NAME", "JAX_PLATFORMS"):
             self.environment.pop(name, None)
         self.programs: list[Program] = []

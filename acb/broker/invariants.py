@@ -1,0 +1,91 @@
+"""What holds after every event of the broker's core:
+
+- a GPU never has more units running than slots, and a unit runs on all its GPUs or on none;
+- what holders may use (their headroom) and what others still have there (their resident bytes) fit its capacity;
+- nobody is granted while an evacuation that its room needs is under way (follows from the one above, since memory
+  counts as resident until its evacuation is acknowledged);
+- every request is granted, refused, or its client is gone: a unit with a waiting member is in the line of each of its
+  GPUs, and whenever somebody waits, something is under way that will let him in (a revoked holder, an evacuation,
+  somebody before him) or a client that cannot be moved keeps the room;
+- a GPU with a free slot stands idle for nobody's sake but of one that cannot be let in yet;
+- the answers to MoreRoom are never forgotten.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from acb.broker.core import Broker
+    from acb.broker.state import Client, Gpu, Unit
+
+
+class InvariantError(AssertionError):
+    """The state machine broke one of its own rules; carries the last transitions."""
+
+
+def check(broker: Broker) -> None:
+    """Raise InvariantError when a rule is broken."""
+    try:
+        for gpu in broker.gpus:
+            _gpu(gpu, broker)
+        for client in broker.clients.values():
+            _client(client)
+            if client.waiting and not broker.recovering:
+                assert _progress(client, broker), f"client {client.id} waits for nothing"
+    except AssertionError as error:
+        raise InvariantError(f"{error}\n" + "\n".join(broker.log)) from None
+
+
+def _gpu(gpu: Gpu, broker: Broker) -> None:
+    clients = [client for client in broker.clients.values() if gpu in client.gpus]
+    assert gpu.bound == {c.id for c in clients}, "a client is bound elsewhere than it is counted"
+    assert gpu.holders == {c.id for c in clients if c.lease}, "holders and leases differ"
+    assert len(gpu.units) <= gpu.slots, "more units than slots"
+    assert all(c.unit in gpu.units for c in clients if c.lease), "a lease without a slot"
+    assert gpu.in_use == sum(c.claim for c in clients), "the books of memory are wrong"
+    assert gpu.in_use <= gpu.capacity, "memory is promised twice"
+    assert set(gpu.occupants) == {c.id for c in clients if c.claim}, "the list of occupants is wrong"
+    assert abs(gpu.load - sum(unit.load for unit in {c.unit for c in broker.clients.values()} if gpu in unit.gpus)) < (
+        1e-6
+    ), "the books of load are wrong"
+    for unit in gpu.units:
+        assert unit.active, "a unit that does not run has a slot"
+        assert unit.leased(), "nobody of a running unit holds a lease"
+        assert all(unit in other.units for other in unit.gpus), "a unit runs on a part of its GPUs"
+    if gpu.full and gpu.next() is not None and not broker.recovering:
+        assert any(unit.preempt_at is not None for unit in gpu.units), "somebody waits, and no holder knows"
+    elif gpu.next() is None:
+        assert all(unit.preempt_at is None or unit.backfilled or unit.size > 1 for unit in gpu.units), "revoked in vain"
+
+
+def _client(client: Client) -> None:
+    assert not (client.lease and client.evacuating), "a holder is evacuated"
+    assert not (client.lease and client.waiting), "waits for what it holds"
+    assert not client.room_wanted or client.lease, "wants room without a lease"
+    assert not client.waiting or client.unit.queued or client.unit.active, "waits in no line"
+    assert not (client.unit.queued and client.unit.active), "waits in line and runs"
+    assert client.claimed == client.claim, "the client's memory is not booked"
+    if client.unit.queued:
+        assert client.unit.wanting(), "stands in line and does not want anything"
+        for gpu in client.unit.gpus:
+            assert any(unit is client.unit for line in (gpu.line, gpu.newcomers) for unit in line), "lost in line"
+
+
+def _progress(client: Client, broker: Broker) -> bool:
+    """Whether something is under way, or somebody stands in the way, that explains why the client waits."""
+    unit = client.unit
+    if any(member.evacuating for member in unit.wanting()):
+        return True
+    if unit.active:
+        return broker.scheduler.paused(client) or any(_moves(gpu, client) for gpu in client.gpus)
+    return any(gpu.full or gpu.next() is not unit or _kept_out(gpu, unit) for gpu in unit.gpus)
+
+
+def _moves(gpu: Gpu, client: Client) -> bool:
+    return any(other.evacuating for other in gpu.occupants.values() if other is not client)
+
+
+def _kept_out(gpu: Gpu, unit: Unit) -> bool:
+    others = [other for other in gpu.occupants.values() if other.unit is not unit]
+    return any(other.evacuating or other.unmovable or other.unit.preempt_at is not None for other in others)

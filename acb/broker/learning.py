@@ -1,0 +1,165 @@
+"""What the broker learns of programs: how long their phases are, what memory they need, what swapping them costs.
+
+It is kept for each client and for each program's name; the latter outlives the broker (see history). Estimates are
+percentiles of the last samples: Fujitsu's broker takes the 90th of the execution time and the 99th of the memory.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+MARGIN = 1.1
+"""Headroom over the measured peak: the factor that Fujitsu's broker uses on its 99th percentile."""
+
+SAMPLES = 64
+"""So many of the last values count."""
+
+ENOUGH = 3
+"""Fewer samples than these are no knowledge."""
+
+SPREAD = 1.1
+"""Peaks of a program's runs that differ by more than this factor say nothing of its next run."""
+
+PROGRAMS = 500
+"""So many programs are remembered, those seen last."""
+
+
+class Samples:
+    """The last SAMPLES values, also in order."""
+
+    __slots__ = ("_last", "_sorted")
+
+    def __init__(self, values: Iterable[float] = ()) -> None:
+        self._last: deque[float] = deque(maxlen=SAMPLES)
+        self._sorted: list[float] = []
+        for value in values:
+            self.add(value)
+
+    def __len__(self) -> int:
+        return len(self._last)
+
+    def __iter__(self) -> Any:
+        return iter(self._last)
+
+    def add(self, value: float) -> None:
+        """Take one in; the eldest goes."""
+        if len(self._last) == SAMPLES:
+            del self._sorted[bisect.bisect_left(self._sorted, self._last[0])]
+        self._last.append(value)
+        bisect.insort(self._sorted, value)
+
+    def percentile(self, percent: float) -> float | None:
+        """The least sample that so many percent do not exceed (nearest rank); None with fewer than ENOUGH."""
+        if len(self._sorted) < ENOUGH:
+            return None
+        return self._sorted[max(0, math.ceil(len(self._sorted) * percent / 100) - 1)]
+
+
+class Profile:
+    """Of one program, or of one client, which falls back on its program's where it knows too little."""
+
+    __slots__ = ("gaps", "peaks", "phases", "program", "shares", "swaps")
+
+    FIELDS = ("phases", "gaps", "peaks", "swaps", "shares")
+
+    def __init__(self, program: Profile | None = None) -> None:
+        self.program = program
+        self.phases = Samples()
+        """Seconds of its GPU phases."""
+        self.gaps = Samples()
+        """Seconds between a lease given back and the next request."""
+        self.peaks = Samples()
+        """Of a program: the most bytes of each run."""
+        self.swaps = Samples()
+        """Seconds a byte, out and in again."""
+        self.shares = Samples()
+        """Of a program: the part of each run's time in which it held a lease."""
+
+    def phase_seconds(self) -> float | None:
+        """What nine of ten of its phases do not exceed; None: unknown."""
+        return self._estimate("phases", 90)
+
+    def gap_seconds(self) -> float | None:
+        """How long it typically does without the GPU; None: unknown."""
+        return self._estimate("gaps", 50)
+
+    def swap_seconds(self, nbytes: int) -> float | None:
+        """What moving so many bytes out and in again takes; None: unknown."""
+        rate = self._estimate("swaps", 50)
+        return None if rate is None else rate * nbytes
+
+    def peak_bytes(self) -> int | None:
+        """What a run of the program needs, without margin; None: unknown, or its runs differ."""
+        most, least = self._estimate("peaks", 99), self._estimate("peaks", 1)
+        return None if most is None or least is None or most > SPREAD * least else int(most)
+
+    def share(self) -> float | None:
+        """The part of its time in which the program needs a GPU; None: unknown."""
+        return self._estimate("shares", 50)
+
+    def swapped(self, nbytes: int, seconds: float) -> None:
+        """Moving `nbytes` out and in again took `seconds`."""
+        if nbytes > 0:
+            self._add("swaps", seconds / nbytes)
+
+    def phase(self, seconds: float) -> None:
+        """A phase that the client itself ended took `seconds`."""
+        self._add("phases", seconds)
+
+    def gap(self, seconds: float) -> None:
+        """The client did without the GPU for `seconds`."""
+        self._add("gaps", seconds)
+
+    def ended(self, peak: int, share: float) -> None:
+        """A run of the program is over: its most bytes, and its share of GPU time."""
+        self._add("peaks", peak)
+        self._add("shares", share)
+
+    def _add(self, what: str, value: float) -> None:
+        getattr(self, what).add(value)
+        if self.program is not None:
+            getattr(self.program, what).add(value)
+
+    def _estimate(self, what: str, percent: float) -> float | None:
+        known: float | None = getattr(self, what).percentile(percent)
+        if known is None and self.program is not None:
+            return self.program._estimate(what, percent)
+        return known
+
+
+class Programs:
+    """The profiles by program name."""
+
+    def __init__(self) -> None:
+        self._profiles: dict[str, Profile] = {}
+
+    def __getitem__(self, name: str) -> Profile:
+        """The profile of a name, a new one if need be. Those asked for least recently are forgotten."""
+        profile = self._profiles.pop(name, None) or Profile()
+        self._profiles[name] = profile
+        while len(self._profiles) > PROGRAMS:
+            del self._profiles[next(iter(self._profiles))]
+        return profile
+
+    def to_json(self) -> dict[str, dict[str, list[float]]]:
+        """All of it, for a file."""
+        return {
+            name: {field: list(getattr(profile, field)) for field in Profile.FIELDS}
+            for name, profile in self._profiles.items()
+        }
+
+    def load(self, found: object) -> None:
+        """Take in what to_json() gave; what is not of its form is left out."""
+        for name, fields in found.items() if isinstance(found, dict) else ():
+            if not isinstance(fields, dict):
+                continue
+            profile = self[str(name)]
+            for field in Profile.FIELDS:
+                values = fields.get(field)
+                for value in values if isinstance(values, list) else ():
+                    if isinstance(value, (int, float)) and 0 <= value < 1e18:
+                        getattr(profile, field).add(float(value))

@@ -1,0 +1,139 @@
+"""Room: how much memory a client should have, who occupies what, and who has to make way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from acb.broker.learning import MARGIN
+from acb.broker.policies import Policy
+from acb.broker.state import Client, Gpu
+from acb.protocol import Evacuate, Message
+
+STEADY = 3
+"""So many leases in a row without a new peak, and a client's peak is believed to be the most it needs.
+
+A program's first phases often only load its model. Room that is found short in the middle of a computation cannot be
+asked for then, so until the peak has settled the client gets the whole GPU.
+"""
+
+
+class Room:
+    """The memory of all GPUs. Every change of what a client has is followed by settle()."""
+
+    def __init__(self, policy: Policy, send: Callable[[int, Message], None]) -> None:
+        self._policy = policy
+        self._send = send
+        self.unmovable: dict[int, Client] = {}
+        """Clients that could not be evacuated."""
+
+    # --- books ------------------------------------------------------------------------------------------------------
+
+    def settle(self, client: Client) -> None:
+        """Book what the client counts for now on each of its GPUs."""
+        claim = client.claim
+        if claim == client.claimed:
+            return
+        for gpu in client.gpus:
+            gpu.in_use += claim - client.claimed
+            if claim:
+                gpu.occupants[client.id] = client
+            else:
+                gpu.occupants.pop(client.id, None)
+        client.claimed = claim
+
+    def free(self, gpu: Gpu, client: Client) -> int:
+        """Bytes of the GPU that are neither occupied by others nor promised to them."""
+        return gpu.capacity - gpu.in_use + (client.claimed if gpu in client.gpus else 0)
+
+    def measure(self, client: Client, resident: int, peak: int = 0) -> None:
+        """Take in what a client says it holds, bounded by what can be there next to the others' memory."""
+        gpus = client.gpus
+        if not gpus:
+            return
+        capacity = min(gpu.capacity for gpu in gpus)
+        client.resident = min(max(0, resident), *(self.free(gpu, client) for gpu in gpus))
+        client.peak = max(client.peak, client.resident, min(peak, capacity))
+        # When only a part could be restored, that part is not in host memory any more; in all it fits the GPU.
+        client.evacuated = min(client.evacuated, capacity - client.resident)
+        self.settle(client)
+
+    def cannot_move(self, client: Client, reason: str) -> None:
+        """The client could not be evacuated; '': it can."""
+        client.unmovable = reason
+        if reason:
+            self.unmovable[client.id] = client
+        else:
+            self.unmovable.pop(client.id, None)
+
+    def host_memory_freed(self) -> list[Gpu]:
+        """Host memory may be free again: who could not be evacuated may be asked once more. On these GPUs."""
+        clients, self.unmovable = list(self.unmovable.values()), {}
+        for client in clients:
+            client.unmovable = ""
+        return [gpu for client in clients for gpu in client.gpus]
+
+    # --- needs ------------------------------------------------------------------------------------------------------
+
+    def want(self, client: Client, gpu: Gpu) -> int:
+        """Bytes that the client should have in all: what it said, or its settled peak with a margin, or its program's.
+
+        Nothing is known: the whole GPU, less what others cannot take with them when they are evacuated.
+        """
+        left_behind = unmovable = 0
+        for other in gpu.occupants.values():
+            if other is client:
+                continue
+            if other.emptied:
+                left_behind += other.resident
+            elif other.unmovable and not other.lease:
+                unmovable += other.resident
+        # Who cannot be moved may stay for ever: most of a GPU is better than waiting for all of it.
+        if 2 * unmovable <= gpu.capacity:
+            left_behind += unmovable
+        peak = client.peak
+        if not (client.hint or client.need or client.steady >= STEADY):
+            known = client.profile.peak_bytes()
+            if known is None or known < peak:
+                return gpu.capacity - left_behind
+            peak = known
+        return min(gpu.capacity - left_behind, max(self.floor(client), int(peak * MARGIN)))
+
+    @staticmethod
+    def floor(client: Client) -> int:
+        """Bytes that the client must have in all to run at all; 0: unknown."""
+        return max(client.hint, client.need, client.peak, client.resident + client.evacuated)
+
+    # --- making room ------------------------------------------------------------------------------------------------
+
+    def make(self, gpu: Gpu, client: Client, want: int, now: float) -> bool:
+        """Whether `want` bytes are there for the client now; if not, evacuate others as far as they can be."""
+        room = self.free(gpu, client)
+        if want <= room:
+            return True
+        others = [other for other in gpu.occupants.values() if other is not client]
+        room += sum([other.resident for other in others if other.evacuating])
+        if want <= room:
+            return False
+        movable = [o for o in others if o.resident and not (o.lease or o.evacuating or o.emptied or o.unmovable)]
+        for victim in self._policy.victims(movable, now):
+            if want <= room:
+                break
+            victim.evacuating, victim.evacuation_at = True, now
+            room += victim.resident
+            self._send(victim.id, Evacuate())
+        return False
+
+    def make_all(self, needs: Sequence[tuple[Gpu, Client, int]], now: float) -> bool:
+        """As make(), for several; where the first cannot be met, the others are furthered all the same."""
+        met = [self.make(gpu, client, want, now) for gpu, client, want in needs]
+        return False not in met
+
+    def kept_by_holders(self, gpu: Gpu, client: Client) -> bool:
+        """Whether what the client should have is not there before a holder gives his lease back."""
+        others = [other for other in gpu.occupants.values() if other is not client]
+        movable = sum([o.resident for o in others if not (o.lease or o.emptied or o.unmovable)])
+        return self.want(client, gpu) > self.free(gpu, client) + movable
+
+    def coming(self, gpu: Gpu, client: Client) -> bool:
+        """Whether others are being evacuated from the GPU."""
+        return any(other.evacuating for other in gpu.occupants.values() if other is not client)

@@ -1,0 +1,409 @@
+"""Scheduling: who stands in line where, who is let in, who is revoked for whom.
+
+Only GPUs on which something has changed are looked at (`touch`), and of the waiting only the first; so a decision costs
+the logarithm of how many wait, whatever the pool's size. A unit of several GPUs stands in the line of each with the
+same key. It is let in when it is the first on all of them, and all at once: since the lines agree on the order, no two
+units can hold a part each and wait for the other's.
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+import itertools
+from collections.abc import Callable, Sequence
+
+from acb.broker.policies import Policy
+from acb.broker.policies.base import swap_seconds
+from acb.broker.room import Room
+from acb.broker.state import Client, Gpu, Unit
+from acb.protocol import Grant, Message, Revoke, Uncontended
+from acb.protocol import Room as RoomAnswer
+
+PATIENCE = 0.25
+"""Seconds that a preempted member of a gang stands still before it may go on, so that the others can stop, too.
+
+They may be unable to: a collective operation waits for that very member. Then it has to go a step further.
+"""
+
+DEPTH = 16
+"""So many of those who wait are looked at for one that is done before the first one's turn."""
+
+LEAST_LOAD = 0.05
+"""GPUs: what the lightest program counts for."""
+
+
+class Admission(enum.Enum):
+    """What came of trying to let a waiting unit in."""
+
+    GRANTED = enum.auto()
+    COMING = enum.auto()
+    """A holder is to go, an evacuation is under way, or somebody is before it on another of its GPUs."""
+    STUCK = enum.auto()
+    """Clients that cannot be moved keep the room."""
+
+
+class Scheduler:
+    """The lines of all GPUs."""
+
+    def __init__(self, gpus: Sequence[Gpu], policy: Policy, room: Room, send: Callable[[int, Message], None]) -> None:
+        self._gpus = list(gpus)
+        self._policy = policy
+        self._room = room
+        self._send = send
+        self._order = itertools.count(1)
+        self._dirty: dict[Gpu, None] = {}
+        self._paused: dict[int, Client] = {}
+        self._timers: list[tuple[float, int]] = []
+
+    # --- lines ------------------------------------------------------------------------------------------------------
+
+    def touch(self, *gpus: Gpu) -> None:
+        """Something has changed there."""
+        for gpu in gpus:
+            self._dirty[gpu] = None
+
+    def touch_all(self) -> None:
+        """Everything may have changed."""
+        self.touch(*self._gpus)
+
+    def enqueue(self, unit: Unit, now: float) -> None:
+        """A member waits. Its GPUs are chosen now if they have not been."""
+        if unit.queued or unit.active:
+            self.touch(*unit.gpus)
+            return
+        if not unit.gpus:
+            self._assign(unit)
+        unit.asked_at, unit.order, unit.queued = now, next(self._order), True
+        self._policy.joined(unit, now)
+        self._line_up(unit, now)
+
+    def requeue(self, unit: Unit, now: float) -> None:
+        """What its place depends on may have changed."""
+        if unit.queued and unit.asked_at - self._policy.advantage(unit, now) != unit.key:
+            self._line_up(unit, now)
+
+    def _line_up(self, unit: Unit, now: float) -> None:
+        unit.key, unit.ticket = unit.asked_at - self._policy.advantage(unit, now), unit.ticket + 1
+        for gpu in unit.gpus:
+            (gpu.line if unit.bound else gpu.newcomers).add(unit)
+        self.touch(*unit.gpus)
+
+    def dequeue(self, unit: Unit, now: float) -> None:
+        """Nobody of it waits any more."""
+        if unit.queued:
+            self._policy.left(unit, now)
+        unit.queued, unit.ticket = False, unit.ticket + 1
+        self.touch(*unit.gpus)
+
+    def _assign(self, unit: Unit) -> None:
+        """Choose GPUs: a single unit may still go elsewhere until it has been let in, several GPUs are for good."""
+        floor = max((self._room.floor(client) for client in unit.members.values()), default=0)
+        fitting = self._policy.gpus([gpu for gpu in self._gpus if gpu.capacity >= floor])
+        shares = [client.profile.share() for client in unit.members.values()]
+        unit.load = max([LEAST_LOAD, *(1.0 if share is None else share for share in shares)])
+        self.place(unit, sorted(fitting[: unit.size], key=lambda gpu: gpu.ordinal), bound=unit.size > 1)
+
+    def place(self, unit: Unit, gpus: Sequence[Gpu], *, bound: bool) -> None:
+        """Put the unit on these GPUs; none: take it away from all."""
+        unit.load = unit.load or 1.0
+        for gpu in unit.gpus:
+            gpu.load -= unit.load
+            gpu.bound.difference_update(client.id for client in unit.members.values())
+        unit.gpus, unit.bound = list(gpus), bound
+        for gpu in unit.gpus:
+            gpu.load += unit.load
+        for client in unit.members.values():
+            for gpu in client.gpus:
+                gpu.bound.add(client.id)
+
+    # --- timers -----------------------------------------------------------------------------------------------------
+
+    @property
+    def wake_at(self) -> float | None:
+        """When run() is to be called although nothing has happened; None: not."""
+        return self._timers[0][0] if self._timers else None
+
+    def pause(self, client: Client, now: float) -> None:
+        """A member of a gang that is to stop has stopped, and wants to go on while others still run."""
+        self._paused[client.id] = client
+        heapq.heappush(self._timers, (now + PATIENCE, client.id))
+
+    def _expire(self, now: float) -> None:
+        while self._timers and self._timers[0][0] <= now:
+            _, number = heapq.heappop(self._timers)
+            client = self._paused.pop(number, None)
+            if client is not None:
+                self.touch(*client.gpus)
+
+    def paused(self, client: Client) -> bool:
+        """Whether the client waits for its gang to stop."""
+        return client.id in self._paused
+
+    # --- decisions --------------------------------------------------------------------------------------------------
+
+    def run(self, now: float) -> None:
+        """Decide all that can be decided now."""
+        self._expire(now)
+        seen: dict[Gpu, None] = {}
+        while self._dirty:
+            gpu = next(iter(self._dirty))
+            del self._dirty[gpu]
+            seen[gpu] = None
+            self._serve(gpu, now)
+        for unit in dict.fromkeys(unit for gpu in seen for unit in gpu.units):
+            self._contend(unit, now)
+
+    def _serve(self, gpu: Gpu, now: float) -> None:
+        """Answer those who run there; then let in whoever is next while it fits, else make way for him."""
+        for running in gpu.units:
+            for client in running.members.values():
+                if client.room_wanted and gpu in client.gpus:
+                    self._answer_room(client, now)
+                elif client.waiting and gpu in client.gpus and client.id not in self._paused:
+                    self._admit_member(client, now)
+        gpu.challenger, gpu.crowded = None, False
+        while True:
+            unit = gpu.next()
+            if unit is None:
+                if gpu.full or not self._take_newcomer(gpu):
+                    return
+                continue
+            admission = self._admit(unit, now)
+            if admission is Admission.GRANTED:
+                continue
+            if admission is Admission.STUCK and self._let_unmovable_overtake(gpu, now):
+                continue
+            gpu.challenger = unit
+            gpu.crowded = gpu.full or any(
+                place is gpu and client is not None and bool(gpu.units) and self._room.kept_by_holders(gpu, client)
+                for place, client in unit.places()
+            )
+            if admission is Admission.COMING and self._policy.backfills and not gpu.full:
+                self._backfill(gpu, unit, now)
+            return
+
+    def _answer_room(self, client: Client, now: float) -> None:
+        """Grant, refuse or further the request of a running client for more room."""
+        wanted, capacity = client.room_wanted, min(gpu.capacity for gpu in client.gpus)
+        if wanted > capacity:
+            reason = f"{wanted} bytes are more than the GPU's {capacity}"
+            self._send(client.id, RoomAnswer(False, reason))
+        elif self._room.make_all([(gpu, client, wanted) for gpu in client.gpus], now):
+            client.headroom = max(client.headroom, wanted)
+            self._room.settle(client)
+            self._send(client.id, RoomAnswer(True))
+        elif any(self._room.coming(gpu, client) for gpu in client.gpus):
+            return
+        else:
+            reason = "the rest of the GPU is held by clients that cannot be evacuated"
+            self._send(client.id, RoomAnswer(False, reason))
+        client.room_wanted = 0
+
+    def _admit(self, unit: Unit, now: float, *, overtaking: bool = False) -> Admission:
+        """Let the unit in if it can be, else further it."""
+        for gpu in unit.gpus:
+            if gpu.full or not (overtaking or gpu.next() is unit):
+                return Admission.COMING
+        wanting = [(gpu, client) for gpu, client in unit.places() if client is not None and client.waiting]
+        if any(client.evacuating for _, client in wanting):
+            return Admission.COMING
+        if not self._room.make_all([(gpu, client, self._room.want(client, gpu)) for gpu, client in wanting], now):
+            if any(self._room.coming(gpu, client) for gpu, client in wanting):
+                return Admission.COMING
+            floors = [(gpu, client, self._room.floor(client)) for gpu, client in wanting]
+            if any(floor == 0 or floor > self._room.free(gpu, client) for gpu, client, floor in floors):
+                return Admission.STUCK
+        unit.queued, unit.ticket = False, unit.ticket + 1
+        unit.active = unit.bound = True
+        unit.granted_at, unit.preempt_at = now, None
+        for gpu in unit.gpus:
+            gpu.units.append(unit)
+        for client in dict.fromkeys(client for _, client in wanting):
+            self._grant(client, now)
+        if unit.size > 1:
+            self.touch(*unit.gpus)  # there, too, somebody else is the first now
+        return Admission.GRANTED
+
+    def _admit_member(self, client: Client, now: float) -> None:
+        """Let in a member of a gang that runs; at worst with the room that there is."""
+        if client.evacuating:
+            return
+        needs = [(gpu, client, self._room.want(client, gpu)) for gpu in client.gpus]
+        if not self._room.make_all(needs, now) and any(self._room.coming(gpu, client) for gpu in client.gpus):
+            return
+        self._grant(client, now)
+        if client.unit.preempt_at is not None:
+            self._send(client.id, Revoke(max(0.0, client.unit.preempt_at - now)))
+            client.revoked = True
+
+    def _grant(self, client: Client, now: float) -> None:
+        gpus, unit = client.gpus, client.unit
+        client.headroom = min([min(self._room.want(client, gpu), self._room.free(gpu, client)) for gpu in gpus])
+        client.waiting, client.lease, client.emptied, client.granted_at, client.started_at = (
+            False,
+            True,
+            False,
+            now,
+            now,
+        )
+        self._room.settle(client)
+        for gpu in gpus:
+            gpu.holders.add(client.id)
+        several = len(unit.gpus) > 1
+        visible = ",".join([gpu.visible for gpu in unit.gpus]) if several else gpus[0].visible
+        ordinals = ",".join([str(gpu.ordinal) for gpu in unit.gpus]) if several else ""
+        self._send(client.id, Grant(gpus[0].ordinal, visible, client.headroom, ordinals))
+
+    def resume(self, client: Client, now: float) -> bool:
+        """A client of a broker before this one says that it holds the lease: whether it may keep it."""
+        unit = client.unit
+        if not unit.active:
+            if any(gpu.full for gpu in unit.gpus):
+                return False
+            unit.active, unit.granted_at = True, now
+            self._policy.joined(unit, now)
+            for gpu in unit.gpus:
+                gpu.units.append(unit)
+        client.lease, client.granted_at, client.started_at = True, now, now
+        for gpu in client.gpus:
+            gpu.holders.add(client.id)
+        client.headroom = min([min(self._room.want(client, gpu), self._room.free(gpu, client)) for gpu in client.gpus])
+        self._room.settle(client)
+        return True
+
+    def _let_unmovable_overtake(self, gpu: Gpu, now: float) -> bool:
+        """Nobody overtakes but those whose memory, which cannot be moved, keeps the first one out.
+
+        They must run to their end, or nobody ever will.
+        """
+        ready = [c.unit for c in gpu.occupants.values() if c.unmovable and c.waiting and c.resident]
+        return any(
+            self._admit(unit, now, overtaking=True) is Admission.GRANTED
+            for unit in sorted(ready, key=lambda unit: (unit.key, unit.order))
+            if unit.queued
+        )
+
+    def _take_newcomer(self, gpu: Gpu) -> bool:
+        """Take over a waiting newcomer, who is bound to no GPU yet, from where the load is higher."""
+        for other in sorted(self._gpus, key=lambda other: (-other.load, other.ordinal)):
+            if other.load <= gpu.load:
+                return False
+            unit = other.newcomers.head()
+            if unit is None or other.load - unit.load < gpu.load:
+                continue
+            if max(self._room.floor(client) for client in unit.members.values()) > gpu.capacity:
+                continue
+            unit.ticket += 1
+            self.place(unit, [gpu], bound=False)
+            gpu.newcomers.add(unit)
+            self.touch(other)
+            return True
+        return False
+
+    # --- ahead of turn ----------------------------------------------------------------------------------------------
+
+    def _backfill(self, gpu: Gpu, first: Unit, now: float) -> None:
+        """The first one cannot be let in yet: let somebody in who will be done before that, if there is one."""
+        left = self._delay(first, now)
+        room = gpu.capacity - gpu.in_use + sum([o.resident for o in gpu.occupants.values() if o.evacuating])
+        for place, client in first.places():
+            if place is gpu and client is not None:
+                room -= self._room.want(client, gpu) - client.claimed
+        for unit in gpu.line.first(DEPTH):
+            if unit is first or unit.size > 1:
+                continue
+            client = unit.members[0]
+            phase = client.profile.phase_seconds()
+            if phase is None or phase > left or client.evacuating or client.evacuated:
+                continue
+            extra = self._room.want(client, gpu) - client.claimed
+            if extra <= min(room, gpu.capacity - gpu.in_use) and self._admit(unit, now, overtaking=True) is (
+                Admission.GRANTED
+            ):
+                gpu.crowded = unit.backfilled = client.revoked = True
+                unit.preempt_at = now + left
+                self._send(client.id, Revoke(left, 0.0))
+                return
+
+    def _delay(self, unit: Unit, now: float) -> float:
+        """Seconds, as far as can be told, until what the unit waits for is there."""
+        longest = 0.0
+        for gpu, _ in unit.places():
+            if gpu.full:
+                longest = max(longest, min(self._remaining(holder, now) for holder in gpu.units))
+            for other in gpu.occupants.values():
+                if other.evacuating:
+                    longest = max(longest, other.evacuation_at + 0.5 * swap_seconds(other) - now)
+        return longest
+
+    def _remaining(self, holder: Unit, now: float) -> float:
+        """Seconds that a holder is expected to go on: its usual phase, unless it is preempted before."""
+        phases = [client.profile.phase_seconds() for client in holder.leased()]
+        ends = [now if phase is None else holder.granted_at + phase for phase in phases]
+        end = max(ends, default=now)
+        return max(0.0, (end if holder.preempt_at is None else min(end, holder.preempt_at)) - now)
+
+    # --- revoking ---------------------------------------------------------------------------------------------------
+
+    def _contend(self, unit: Unit, now: float) -> None:
+        """Tell a running unit until when it may go on, now that others wait for its GPUs; or that none does."""
+        if not unit.active:
+            return
+        ends = [
+            (self._protected_until(unit, gpu, now), gpu)
+            for gpu in unit.gpus
+            if gpu.challenger is not None and gpu.crowded and self._first_to_go(gpu, now) is unit
+        ]
+        if not ends:
+            if unit.preempt_at is not None and not unit.backfilled:
+                self._tell(unit, None, Uncontended())
+            return
+        end, gpu = min(ends, key=lambda pair: pair[0])
+        if unit.preempt_at is None or end < unit.preempt_at - 0.01 or end > unit.preempt_at + 1.0:
+            swap = self._swap_for_leaving(unit, gpu)
+            self._tell(unit, end, Revoke(max(0.0, end - now), swap))
+
+    def _tell(self, unit: Unit, preempt_at: float | None, message: Message) -> None:
+        unit.preempt_at = preempt_at
+        for client in unit.leased():
+            client.revoked = preempt_at is not None
+            self._send(client.id, message)
+
+    def _first_to_go(self, gpu: Gpu, now: float) -> Unit:
+        if len(gpu.units) == 1:
+            return gpu.units[0]
+        return min(gpu.units, key=lambda unit: (self._protected_until(unit, gpu, now), unit.order))
+
+    def _protected_until(self, unit: Unit, gpu: Gpu, now: float) -> float:
+        """Until when the unit is not preempted for the first one that waits for the GPU."""
+        waiting = gpu.challenger
+        assert waiting is not None
+        if unit.backfilled and unit.preempt_at is not None:
+            return min(unit.preempt_at, now + self._delay_elsewhere(waiting, gpu, now))
+        coming = [swap_seconds(client) for client in waiting.wanting() if client.evacuated]
+        swap = 0.5 * (self._swap_for_leaving(unit, gpu) + max(coming, default=0.0))
+        return max(
+            unit.granted_at + self._policy.quantum(unit, waiting, swap),
+            now + self._policy.outranked_in(unit, waiting, now),
+        )
+
+    def _delay_elsewhere(self, unit: Unit, here: Gpu, now: float) -> float:
+        """As _delay(), without the holder of one of the GPUs."""
+        holders, here.units = here.units, []
+        try:
+            return self._delay(unit, now)
+        finally:
+            here.units = holders
+
+    def _swap_for_leaving(self, unit: Unit, gpu: Gpu) -> float:
+        """Seconds of moving memory that the unit has to expect when it makes way for the one that is next."""
+        waiting = gpu.challenger
+        assert waiting is not None
+        holder = next((client for place, client in unit.places() if place is gpu), None)
+        client = next((client for place, client in waiting.places() if place is gpu), None)
+        if holder is None or client is None:
+            return 0.0
+        stays = max(holder.resident, min(holder.peak, holder.headroom))
+        free = gpu.capacity - gpu.in_use + holder.claimed - stays + client.claimed
+        return 0.0 if self._room.want(client, gpu) <= free else swap_seconds(holder)
