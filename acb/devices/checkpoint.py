@@ -24,14 +24,15 @@ from acb.devices.rooms import Memory, Rooms, moved
 from acb.processes import start_time
 
 Problem = Literal[
-    "", "gone", "timeout", "unsupported", "forbidden", "foreign", "memory", "state", "room", "map", "driver"
+    "", "gone", "timeout", "unsupported", "forbidden", "foreign", "memory", "state", "room", "map", "driver", "helper"
 ]
 """Why an attempt was not done.
 
 "gone": there is no such process. "timeout": it did not come to rest. "unsupported": not with this driver, GPU or kind
 of memory. "forbidden": this user may not. "foreign": the driver knows no CUDA process of that id. "memory": the host,
 or at a restore the GPU, has none left. "state": it is not in a state for it. "room": not proved to be free, so not
-tried. "map": the GPUs to restore onto make no sense. "driver": anything else.
+tried. "map": the GPUs to restore onto make no sense. "helper": the process that was to do it has died, or hung in the
+driver, and was killed; ask for the state. "driver": anything else.
 """
 
 _PROBLEMS: dict[int, Problem] = {

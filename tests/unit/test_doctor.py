@@ -19,6 +19,7 @@ from acb.cli.acb.doctor import broker, environment, frameworks, gpus, host, scan
 from acb.cli.acb.doctor.check import Check
 from acb.cli.acb.doctor.gpus import Machine
 from acb.config import ConfigError
+from acb.devices.checkpoint_probe import Probe
 from acb.devices.nvml import Device, Settings, visible
 from acb.launcher.environment import BOOTSTRAP
 
@@ -164,8 +165,8 @@ def test_the_driver_tier_by_version(driver: str, available: bool | None, words: 
 def test_tiers_without_a_gpu_or_a_framework() -> None:
     framework, driver, hold = gpus.tiers(Machine(problem="none"), [], None)
     assert (framework.available, driver.available, hold.available) == (False, False, True)
-    assert gpus.tiers(machine(H100), ["JAX"], (True, "works"))[1] == gpus.Tier("driver", True, "works")
-    assert gpus.tiers(machine(H100), ["JAX"], (False, "801"))[1] == gpus.Tier("driver", False, "801")
+    assert gpus.tiers(machine(H100), ["JAX"], Probe(True, "it works", 2.5))[1].available is True
+    assert gpus.tiers(machine(H100), ["JAX"], Probe(False, "801"))[1] == gpus.Tier("driver", False, "tried: 801")
 
 
 # --- frameworks -------------------------------------------------------------------------------------------------------

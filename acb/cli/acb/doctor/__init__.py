@@ -23,6 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--json", action="store_true", help="print everything, as one JSON object")
     parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="try on a throw-away process whether the driver can move memory off a GPU (takes seconds)",
+    )
+    parser.add_argument(
         "--python", metavar="FILE", type=argument(is_file),
         help="look for frameworks in the environment of this Python (default: the one that acb is in)",
     )  # fmt: skip
@@ -35,7 +40,8 @@ def run(options: argparse.Namespace) -> int:
     machine = gpus.look()
     usable_gpus = machine.usable()
     found = frameworks.look(options.python)
-    tiers = gpus.tiers(machine, frameworks.movable(found), None)
+    probe = gpus.probe() if options.probe and usable_gpus else None
+    tiers = gpus.tiers(machine, frameworks.movable(found), probe)
     report, broker_checks = broker.look()
     checks: list[Check] = [
         *gpus.checks(machine, os.environ),
@@ -56,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
             "verdict": said,
             **machine.as_json(),
             "tiers": [tier.as_json() for tier in tiers],
+            "probe": None if probe is None else probe.as_json(),
             "environment": found,
             "host": host.facts(),
             "broker": None if report is None else {key: report[key] for key in ("version", "pid", "devices")},

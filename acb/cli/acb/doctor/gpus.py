@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from acb.broker.checkpointing import Helper
 from acb.cli.acb.doctor.check import Check
 from acb.config import format_size
+from acb.devices.checkpoint_probe import Probe
 from acb.devices.nvml import Device, Nvml, NvmlError, Settings
 
 SECTION, TIERS = "GPUs", "Moving memory off a GPU"
@@ -18,6 +20,9 @@ CHECKPOINT_DRIVER = 570
 
 REPORTED_GOOD = (575, 57)
 """Drivers before this one, 570.86 and 570.158 among them, are reported to fail with PyTorch."""
+
+PROBE_PATIENCE = 180.0
+"""Seconds until a probe is given up: it starts CUDA in two processes."""
 
 SIMULATE = "to try acb on a simulated one: acb-launch --simulate-gpus 1x2GiB python train.py"
 
@@ -225,7 +230,7 @@ class Tier:
         return asdict(self)
 
 
-def tiers(machine: Machine, frameworks: Sequence[str], probed: tuple[bool, str] | None) -> list[Tier]:
+def tiers(machine: Machine, frameworks: Sequence[str], probed: Probe | None) -> list[Tier]:
     """The tiers on this machine. `frameworks`: those here that acb moves; `probed`: what the driver's probe gave."""
     where = "" if machine.usable() else " (here, of simulated GPUs)"
     if frameworks:
@@ -239,9 +244,18 @@ def tiers(machine: Machine, frameworks: Sequence[str], probed: tuple[bool, str] 
     ]
 
 
-def _driver_tier(machine: Machine, probed: tuple[bool, str] | None) -> Tier:
+def probe() -> Probe:
+    """Try the driver tier on a throw-away process, in a helper process: CUDA is never initialised in this one."""
+    with Helper() as helper:
+        result = helper.ask("probe", deadline=PROBE_PATIENCE)
+    assert isinstance(result, Probe)
+    return result
+
+
+def _driver_tier(machine: Machine, probed: Probe | None) -> Tier:
     if probed is not None:
-        return Tier("driver", *probed)
+        speed = f", in {probed.seconds:.1f} s" if probed.works else ""
+        return Tier("driver", probed.works, f"tried: {probed.reason}{speed}")
     if not machine.usable():
         return Tier("driver", False, "it needs a real GPU")
     version = _numbers(machine.driver)
