@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -251,3 +252,40 @@ def test_a_probe_without_a_driver_says_what_is_missing(make: Make) -> None:
     assert isinstance(result, Probe)
     if not result.works:
         assert "has no GPU memory" in result.reason
+
+
+# --- the real calls ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fake_libcuda(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment in which a compiled libcuda stands in for the driver's."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    directory = tmp_path_factory.mktemp("cuda")
+    source = Path(__file__).parent / "programs" / "fake_libcuda.c"
+    library = directory / "libcuda.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", "-w", "-o", library, source], check=True)
+    states = directory / "states"
+    states.mkdir()
+    return {**os.environ, "PYTHONPATH": str(UNIT), "LD_LIBRARY_PATH": str(directory), "FAKE_CUDA": str(states)}
+
+
+def test_the_calls_and_the_probe_over_a_compiled_library(fake_libcuda: dict[str, str]) -> None:
+    with Helper("fake_driver:real_calls", fake_libcuda) as helper:
+        result = helper.ask("probe", deadline=HOUR)
+        assert isinstance(result, Probe)
+        assert result.works, result
+        assert [step["state"] for step in result.steps] == ["checkpointed", "running"]
+        pid = result.steps[0]["pid"]
+        wait_until("the end of the process", lambda: start_time(pid) is None)
+
+
+def test_a_gpu_that_locks_but_does_not_checkpoint(fake_libcuda: dict[str, str]) -> None:
+    with Helper("fake_driver:real_calls", {**fake_libcuda, "FAKE_CUDA_GB10": "1"}) as helper:
+        result = helper.ask("probe", deadline=HOUR)
+        assert isinstance(result, Probe)
+        assert not result.works
+        assert "CUDA_ERROR_NOT_SUPPORTED" in result.reason
+        assert result.steps[0]["state"] == "running"

@@ -127,3 +127,10 @@ def tier() -> Checkpointer:
     if scenario.get("noise"):
         print("the driver prints this on stdout", flush=True)
     return Checkpointer(driver, FakeMemory(driver, held))
+
+
+def real_calls() -> Checkpointer:
+    """For the helper's process: the real calls of whatever libcuda is found, and a GPU with room for everybody."""
+    from acb.devices.cuda import LibCuda
+
+    return Checkpointer(LibCuda(), FakeMemory(FakeDriver()))
