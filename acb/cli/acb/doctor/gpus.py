@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -72,7 +73,8 @@ def look() -> Machine:
             machine = Machine(nvml.driver_version(), nvml.cuda_version(), nvml.all, nvml.devices)
             for device in nvml.devices:
                 machine.settings[device.uuid] = nvml.settings(device.uuid)
-                machine.free[device.uuid] = nvml.free(device.uuid)
+                with contextlib.suppress(NvmlError):
+                    machine.free[device.uuid] = nvml.free(device.uuid)
     except NvmlError as error:
         return Machine(problem=str(error))
     return machine
@@ -189,7 +191,7 @@ def _one(machine: Machine, device: Device) -> list[Check]:
                 "persistence",
                 "note",
                 f"persistence mode is off on GPU {device.ordinal}: a program's first touch takes seconds longer",
-                f"have it turned on: nvidia-smi -i {device.ordinal} -pm 1",
+                f"have it turned on: nvidia-smi -i {device.uuid} -pm 1",
             )
         )
     return found
