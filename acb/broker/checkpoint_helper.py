@@ -39,11 +39,12 @@ MODULE = "acb.broker.checkpoint_helper"
 
 
 def real_tier() -> Checkpointer:
-    """The driver of this machine. Raises CudaUnavailable."""
-    memory = None
-    with contextlib.suppress(NvmlError):
-        memory = Nvml()
-    return Checkpointer(LibCuda(), memory)
+    """The driver of this machine. Raises CudaUnavailable: also without NVML, since nothing could be resumed then."""
+    driver = LibCuda()
+    try:
+        return Checkpointer(driver, Nvml())
+    except NvmlError as error:
+        raise CudaUnavailable(f"nobody can tell how much of a GPU is free: {error}") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,9 @@
 
 Requests are carried out one by one, in order. A helper that dies, or that does not answer by a request's deadline, is
 killed; the request is answered with the problem "helper", and a new one is started for the next. What state the process
-is in then, nobody knows: ask ("state"), and "release" it or "resume" it.
+is in then, nobody knows: ask ("state"), and "release" it or "resume" it. A new helper knows nothing of what the last
+one moved: keep an Outcome's `moved`, and give it to "resume" as `needs`. Deadlines should be generous, at a GiB a
+second say: a helper that is killed in the midst of a copy may cost the program.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from acb.config import format_size
 from acb.devices.cuda import MIGRATION_SINCE, CudaError, CudaUnavailable, Driver, Result, State, result_name, state_name
-from acb.devices.rooms import Memory, Rooms, moved
+from acb.devices.rooms import Memory, Rooms
 from acb.processes import start_time
 
 Problem = Literal[
@@ -128,7 +128,7 @@ class Checkpointer:
             return outcome
         self._ask_state(outcome)
         outcome.done = True
-        outcome.moved = moved(held, free, self._rooms.free())
+        outcome.moved = self._rooms.won(held, free)
         started = start_time(pid)
         if started is not None:
             self._needs[pid, started] = outcome.moved
@@ -144,7 +144,7 @@ class Checkpointer:
     ) -> Outcome:
         """Bring the memory back and let the process go on.
 
-        `needs`: bytes by UUID of the GPU that it was on (None: what suspend() measured); `free(uuid)`: bytes free on a
+        `needs`: bytes by UUID of the GPU that it was on (None: as suspend() measured); `free(uuid)`: bytes free on a
         GPU (None: NVML's). Nothing is begun before, within `patience` seconds, the room is free. `gpu_map`: on which
         GPU, by UUID, each of its GPUs will be instead.
         """

@@ -16,6 +16,9 @@ OVERHEAD = 512 << 20
 POLL = 0.02
 """Seconds between two looks at how much of a GPU is free."""
 
+SETTLE = 0.5
+"""Seconds after which memory that has been given up counts as free, if it ever does."""
+
 
 class Memory(Protocol):
     """What NVML says of a GPU; acb.devices.nvml.Nvml is one. Both raise NvmlError when it does not answer."""
@@ -52,6 +55,15 @@ class Rooms:
                 if nbytes is not None:
                     found[uuid] = nbytes
         return found
+
+    def won(self, held: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
+        """moved(), since free() gave `before`; waits a moment if nothing has moved yet."""
+        deadline = time.monotonic() + SETTLE
+        while True:
+            found = moved(held, before, self.free())
+            if found or not before or time.monotonic() >= deadline:
+                return found
+            time.sleep(POLL)
 
     def wait(
         self,

@@ -263,3 +263,16 @@ def test_no_gpu_at_all_is_a_status_of_its_own(driver: type[FakeNvml], monkeypatc
     with pytest.raises(ConfigError, match="simulate one") as caught:
         pool.real(["0"])
     assert caught.value.status == 69
+
+
+def test_a_gpu_that_cannot_be_lent_is_left_out_or_refused(driver: type[FakeNvml]) -> None:
+    fake = driver(["a", "b"])
+    fake.nvmlDeviceGetMigMode = lambda handle: [1 - handle, 0]  # type: ignore[attr-defined]
+    assert [gpu.ordinal for gpu in pool.real(None).gpus] == [1]
+    assert [gpu.ordinal for gpu in pool.real(["1"]).gpus] == [1]
+    with pytest.raises(ConfigError, match="divided by MIG") as caught:
+        pool.real(["1", "0"])
+    assert caught.value.status == 69
+    fake.nvmlDeviceGetMigMode = lambda handle: [1, 1]  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"GPU 0 .* divided by MIG"):
+        pool.real(None)

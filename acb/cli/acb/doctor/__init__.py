@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     machine = gpus.look()
     usable_gpus = machine.usable()
     found = frameworks.look(options.python)
-    probe = gpus.probe() if options.probe and usable_gpus else None
+    probe = gpus.probe(usable_gpus[0]) if options.probe and usable_gpus else None
     tiers = gpus.tiers(machine, frameworks.movable(found), probe)
     report, broker_checks = broker.look()
     checks: list[Check] = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -246,9 +247,9 @@ def tiers(machine: Machine, frameworks: Sequence[str], probed: Probe | None) -> 
     ]
 
 
-def probe() -> Probe:
-    """Try the driver tier on a throw-away process, in a helper process: CUDA is never initialised in this one."""
-    with Helper() as helper:
+def probe(device: Device) -> Probe:
+    """Try the driver tier on a throw-away process on this GPU, from a helper: CUDA is never initialised in this one."""
+    with Helper(environment={**os.environ, "CUDA_VISIBLE_DEVICES": device.uuid}) as helper:
         result = helper.ask("probe", deadline=PROBE_PATIENCE)
     assert isinstance(result, Probe)
     return result
