@@ -87,7 +87,9 @@ class FakeNvml(ModuleType):
         return self.names[handle]
 
     def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:
-        return SimpleNamespace(total=(handle + 1) << 30)
+        if handle in self.lost:
+            raise self.NVMLError("GPU is lost")
+        return SimpleNamespace(total=(handle + 1) << 30, free=handle << 20)
 
 
 @pytest.fixture
@@ -135,6 +137,99 @@ def test_without_its_python_module_that_is_said(monkeypatch: pytest.MonkeyPatch)
         nvml.devices()
 
 
+# --- asking again and again -------------------------------------------------------------------------------------------
+
+
+def process(pid: int, nbytes: int | None) -> SimpleNamespace:
+    return SimpleNamespace(pid=pid, usedGpuMemory=nbytes)
+
+
+def test_one_session_answers_many_questions_and_ends_once(driver: type[FakeNvml]) -> None:
+    fake = driver(["a", "b"])
+    fake.nvmlDeviceGetComputeRunningProcesses = lambda handle: [process(7, handle << 20), process(8, None)]  # type: ignore[attr-defined]
+    fake.nvmlDeviceGetGraphicsRunningProcesses = lambda handle: [process(7, handle << 20), process(9, 5)]  # type: ignore[attr-defined]
+    with nvml.Nvml() as session:
+        for _ in range(3):
+            assert session.processes(1) == {7: 1 << 20, 8: None, 9: 5}
+            assert session.processes(UUIDS[0]) == {7: 0, 8: None, 9: 5}
+            assert session.free(1) == 1 << 20
+        assert fake.open == 1
+        session.close()
+    assert fake.open == 0
+
+
+def test_ordinals_are_the_jobs_and_uuids_reach_every_gpu(
+    driver: type[FakeNvml], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver(["a", "b", "c"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,1")
+    with nvml.Nvml() as session:
+        assert [device.uuid for device in session.devices] == [UUIDS[2], UUIDS[1]]
+        assert [device.ordinal for device in session.all] == [0, 1, 2]
+        assert session.free(0) == 2 << 20
+        assert session.free(UUIDS[0]) == 0
+        for unknown in (2, "GPU-none"):
+            with pytest.raises(NvmlError, match="there is no GPU"):
+                session.free(unknown)
+
+
+def test_what_the_driver_does_not_know_is_none(driver: type[FakeNvml]) -> None:
+    fake = driver(["a"])  # it knows none of these
+    with nvml.Nvml() as session:
+        assert (session.driver_version(), session.cuda_version()) == (None, None)
+        assert session.settings(0) == nvml.Settings(None, None, None)
+        with pytest.raises(NvmlError, match="does not list its processes"):
+            session.processes(0)
+
+        def refuse(handle: int) -> list[SimpleNamespace]:
+            raise fake.NVMLError("Insufficient Permissions")
+
+        fake.nvmlDeviceGetComputeRunningProcesses = refuse  # type: ignore[attr-defined]
+        fake.nvmlDeviceGetGraphicsRunningProcesses = lambda handle: [process(7, (1 << 64) - 1)]  # type: ignore[attr-defined]
+        fake.nvmlDeviceGetMigMode = refuse  # type: ignore[attr-defined]
+        assert session.processes(0) == {7: None}
+        assert session.settings(0).mig is None
+
+
+def test_the_machine_and_the_settings_of_a_gpu(driver: type[FakeNvml]) -> None:
+    fake = driver(["a"])
+    fake.nvmlSystemGetDriverVersion = lambda: b"580.95.05"  # type: ignore[attr-defined]
+    fake.nvmlSystemGetCudaDriverVersion = lambda: 13000  # type: ignore[attr-defined]
+    fake.nvmlDeviceGetMigMode = lambda handle: [0, 1]  # type: ignore[attr-defined]
+    fake.nvmlDeviceGetPersistenceMode = lambda handle: 1  # type: ignore[attr-defined]
+    fake.nvmlDeviceGetComputeMode = lambda handle: 0  # type: ignore[attr-defined]
+    with nvml.Nvml() as session:
+        assert (session.driver_version(), session.cuda_version()) == ("580.95.05", "13.0")
+        assert session.settings(0) == nvml.Settings(mig=False, persistence=True, compute_mode=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (nvml.Settings(), None),
+        (nvml.Settings(mig=False, persistence=False, compute_mode=0), None),
+        (nvml.Settings(mig=True), "divided by MIG"),
+        (nvml.Settings(compute_mode=2), "closed to computing"),
+        (nvml.Settings(compute_mode=3), "one process at a time"),
+    ],
+)
+def test_a_set_up_that_cannot_be_lent_is_named_with_its_remedy(settings: nvml.Settings, words: str | None) -> None:
+    obstacle = settings.obstacle(FOUR[1])
+    assert (obstacle is None) if words is None else (obstacle is not None and words in obstacle)
+    if obstacle is not None:
+        assert "GPU 1" in obstacle
+        assert f"nvidia-smi -i {UUIDS[1]}" in obstacle
+
+
+def test_a_gpu_lost_later_is_said_so(driver: type[FakeNvml]) -> None:
+    fake = driver(["a", "b"])
+    with nvml.Nvml() as session:
+        fake.lost = (1,)
+        with pytest.raises(NvmlError, match="GPU 1 does not answer"):
+            session.free(1)
+        assert session.free(0) == 0
+
+
 # --- the broker's GPUs ------------------------------------------------------------------------------------------------
 
 
@@ -168,3 +263,16 @@ def test_no_gpu_at_all_is_a_status_of_its_own(driver: type[FakeNvml], monkeypatc
     with pytest.raises(ConfigError, match="simulate one") as caught:
         pool.real(["0"])
     assert caught.value.status == 69
+
+
+def test_a_gpu_that_cannot_be_lent_is_left_out_or_refused(driver: type[FakeNvml]) -> None:
+    fake = driver(["a", "b"])
+    fake.nvmlDeviceGetMigMode = lambda handle: [1 - handle, 0]  # type: ignore[attr-defined]
+    assert [gpu.ordinal for gpu in pool.real(None).gpus] == [1]
+    assert [gpu.ordinal for gpu in pool.real(["1"]).gpus] == [1]
+    with pytest.raises(ConfigError, match="divided by MIG") as caught:
+        pool.real(["1", "0"])
+    assert caught.value.status == 69
+    fake.nvmlDeviceGetMigMode = lambda handle: [1, 1]  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"GPU 0 .* divided by MIG"):
+        pool.real(None)

@@ -9,6 +9,6 @@ from acb.cli import command
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``acb``."""
-    import acb.cli.acb.demo as demo
+    from acb.cli.acb import demo, doctor
 
-    return command.run("acb", __doc__ or "", (demo,), arguments)
+    return command.run("acb", __doc__ or "", (demo, doctor), arguments)

@@ -46,11 +46,16 @@ def parse_gpu_list(text: str) -> list[str]:
 
 
 def real(chosen: Sequence[str] | None) -> Pool:
-    """The machine's GPUs, or those chosen. Raises ConfigError when there are none, or one is unknown."""
+    """The machine's GPUs, or those chosen. Raises ConfigError when there are none, or one is unknown.
+
+    One that cannot be lent (it is divided by MIG, say) is left out of all, and refused where it was chosen.
+    """
     from acb.devices import nvml
 
     try:
-        found = nvml.devices()
+        with nvml.Nvml() as session:
+            found = session.devices
+            obstacles = {device: session.settings(device.uuid).obstacle(device) for device in found}
     except nvml.NvmlError as error:
         raise ConfigError(
             f"{error}; to try acb without a GPU, simulate one: --simulate-gpus 1x2GiB", EX_UNAVAILABLE
@@ -60,7 +65,14 @@ def real(chosen: Sequence[str] | None) -> Pool:
             "this job may use no GPU; to try acb without one, simulate one: --simulate-gpus 1x2GiB", EX_UNAVAILABLE
         )
     known = {str(d.ordinal): d for d in found} | {d.uuid: d for d in found}
-    picked = found if chosen in (None, ["all"]) else [_pick(known, entry) for entry in chosen or ()]
+    every = chosen in (None, ["all"])
+    picked = found if every else [_pick(known, entry) for entry in chosen or ()]
+    lendable = [device for device in picked if obstacles[device] is None]
+    if not lendable or not every:
+        for device in picked:
+            if (obstacle := obstacles[device]) is not None:
+                raise ConfigError(obstacle, EX_UNAVAILABLE)
+    picked = lendable
     gpus = [Gpu(device.ordinal, device.capacity, device.uuid) for device in picked]
     return Pool(gpus, ", ".join(f"{device.name} ({format_size(device.capacity)})" for device in picked))
 

@@ -1,0 +1,244 @@
+"""The broker's end of the checkpoint helper: requests go out, answers come in; neither a hang nor a death holds it up.
+
+    helper = Helper()                                   # starts nothing yet
+    ticket = helper.submit("suspend", pid, deadline=30, timeout=5)
+    poller.register(helper, select.EPOLLIN)             # one descriptor for the helper's whole life, restarts included
+    for answer in helper.receive(): ...                 # when that is readable, or due() has come
+
+Requests are carried out one by one, in order. A helper that dies, or that does not answer by a request's deadline, is
+killed; the request is answered with the problem "helper", and a new one is started for the next. What state the process
+is in then, nobody knows: ask ("state"), and "release" it or "resume" it. A new helper knows nothing of what the last
+one moved: keep an Outcome's `moved`, and give it to "resume" as `needs`. Deadlines should be generous, at a GiB a
+second say: a helper that is killed in the midst of a copy may cost the program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from acb.broker.checkpoint_helper import MODULE, PACKET, START
+from acb.devices.checkpoint import Outcome, Problem
+from acb.devices.checkpoint_probe import Probe
+
+DEATHS = 3
+"""So many helpers in a row that die without an answer, and there will be no further one."""
+
+GRACE = 1.0
+"""Seconds beyond a request's deadline, within which the helper is ended by its own alarm."""
+
+
+class Answer(NamedTuple):
+    """What became of the request with this ticket."""
+
+    ticket: int
+    result: Outcome | Probe
+
+
+class _Request(NamedTuple):
+    ticket: int
+    op: str
+    pid: int
+    deadline: float
+    arguments: dict[str, Any]
+
+
+class Helper:
+    """The helper process, started when it is first needed. Not for several threads."""
+
+    def __init__(self, tier: str | None = None, environment: dict[str, str] | None = None) -> None:
+        """`tier`: MODULE:FUNCTION that makes the tier in the helper, None: the real one. `environment`: for it, None:
+        this process's."""
+        self.unavailable = ""
+        """Why there is no driver tier here, once that is known."""
+        self._tier = tier
+        self._environment = dict(os.environ if environment is None else environment)
+        self._epoll = select.epoll()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: socket.socket | None = None
+        self._ready = False
+        self._queue: deque[_Request] = deque()
+        self._in_flight: _Request | None = None
+        self._due: float | None = None
+        self._deaths = 0
+        self._tickets = 0
+        self._answers: list[Answer] = []
+
+    def __enter__(self) -> Helper:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when receive() has something to do, but for a deadline."""
+        return self._epoll.fileno()
+
+    def due(self) -> float | None:
+        """When receive() has to be called even if nothing is readable, on time.monotonic()'s clock; None: never."""
+        return 0.0 if self._answers else self._due
+
+    def submit(self, op: str, pid: int = 0, *, deadline: float, **arguments: Any) -> int:
+        """Have `op` done: "state", "suspend", "resume", "release" (see Checkpointer for their arguments), "probe".
+
+        Its answer, from receive(), bears the ticket returned. `deadline`: seconds from when its turn comes.
+        """
+        self._tickets += 1
+        self._queue.append(_Request(self._tickets, op, pid, deadline, arguments))
+        self._pump()
+        return self._tickets
+
+    def receive(self) -> list[Answer]:
+        """The answers that have come since; does not wait."""
+        while self._connection is not None and self._epoll.poll(0):
+            packet = b""
+            with contextlib.suppress(OSError):
+                packet = self._connection.recv(PACKET)
+            if packet:
+                self._take(packet)
+            else:
+                self._lost()
+        if self._due is not None and time.monotonic() >= self._due:
+            self._lost()
+        answers, self._answers = self._answers, []
+        return answers
+
+    def ask(self, op: str, pid: int = 0, *, deadline: float, **arguments: Any) -> Outcome | Probe:
+        """submit(), and wait for its answer. Only where no other request is under way."""
+        ticket = self.submit(op, pid, deadline=deadline, **arguments)
+        while True:
+            for answer in self.receive():
+                if answer.ticket == ticket:
+                    return answer.result
+            due = self.due()
+            self._epoll.poll(-1 if due is None else max(0.0, due - time.monotonic()))
+
+    def close(self) -> None:
+        """Let the helper go: it ends when it has done what it is at. Unanswered requests stay so."""
+        self._queue.clear()
+        self._hang_up()
+        if self._process is not None and self._in_flight is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(GRACE)
+        if self._process is not None and self._process.returncode is None:
+            self._process.returncode = 0  # it is meant to outlive us: no warning that it does
+        self._process = None
+        self._in_flight = self._due = None
+        self._epoll.close()
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _pump(self) -> None:
+        """Send the next request, if there is one and its turn has come."""
+        while self.unavailable and self._queue:
+            self._answer(self._queue.popleft(), "unsupported", self.unavailable)
+        if not self._queue or self._in_flight is not None:
+            return
+        if self._connection is None:
+            self._start()
+        if self._connection is None or not self._ready:
+            return
+        request = self._in_flight = self._queue.popleft()
+        message = {"id": request.ticket, "op": request.op, "pid": request.pid, "deadline": request.deadline}
+        self._due = time.monotonic() + request.deadline + GRACE
+        with contextlib.suppress(OSError):  # it has died: the end of the connection says so
+            self._connection.send(json.dumps({**message, **request.arguments}).encode())
+
+    def _start(self) -> None:
+        home = str(Path(__file__).parents[2])
+        path = [home, *filter(None, self._environment.get("PYTHONPATH", "").split(os.pathsep))]
+        environment = {**self._environment, "ACB_DISABLE": "1", "PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}
+        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", MODULE, *(["--tier", self._tier] if self._tier else [])],
+                stdin=its.fileno(),
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,  # a Ctrl-C meant for the broker is not for it
+                cwd="/",
+                env=environment,
+            )
+        except OSError as error:
+            ours.close()
+            self._give_up(f"the checkpoint helper cannot be started: {error}")
+            return
+        finally:
+            its.close()
+        ours.setblocking(False)
+        self._connection = ours
+        self._ready = False
+        self._epoll.register(ours, select.EPOLLIN)
+        self._due = time.monotonic() + START + GRACE
+
+    def _take(self, packet: bytes) -> None:
+        message: dict[str, Any] = json.loads(packet)
+        self._due = None
+        if "ready" in message:
+            self._ready = bool(message["ready"])
+            if not self._ready:
+                self._hang_up()
+                self._give_up(message["reason"])
+        elif self._in_flight is not None and message["id"] == self._in_flight.ticket:
+            request, self._in_flight, self._deaths = self._in_flight, None, 0
+            if "error" in message:
+                self._answer(request, "helper", f"the checkpoint helper refused {request.op}: {message['error']}")
+            else:
+                del message["id"]
+                result = Probe(**message) if request.op == "probe" else Outcome(**message)
+                self._answers.append(Answer(request.ticket, result))
+        self._pump()
+
+    def _lost(self) -> None:
+        """It has died, or its time is up: answer what it was at, and go on with another one."""
+        how = self._end()
+        self._deaths += 1
+        if self._in_flight is not None:
+            request, self._in_flight = self._in_flight, None
+            on = f"; in which state process {request.pid} is, is not known" if request.pid else ""
+            self._answer(request, "helper", f"the checkpoint helper {how}{on}")
+        if self._deaths >= DEATHS:
+            self._give_up(f"the checkpoint helper {how}, {DEATHS} times in a row")
+        self._pump()
+
+    def _end(self) -> str:
+        """End it, if it has not ended, and say how that came."""
+        ready, late = self._ready, self._due is not None and time.monotonic() >= self._due
+        self._hang_up()
+        if self._process is None:
+            return "is gone"
+        if late:
+            self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # in a call that the kernel cannot interrupt
+            self._process.wait(GRACE)
+        if late or self._process.returncode == -signal.SIGALRM:
+            return "hung in the driver, and was ended" if ready else "did not start in time, and was ended"
+        return f"has died (status {self._process.returncode})"
+
+    def _hang_up(self) -> None:
+        self._ready, self._due = False, None
+        if self._connection is not None:
+            self._epoll.unregister(self._connection)
+            self._connection.close()
+            self._connection = None
+
+    def _give_up(self, reason: str) -> None:
+        self.unavailable = reason
+        self._pump()
+
+    def _answer(self, request: _Request, problem: Problem, reason: str) -> None:
+        result: Outcome | Probe
+        if request.op == "probe":
+            result = Probe(False, reason)
+        else:
+            result = Outcome(request.op, request.pid).fail(problem, reason)
+        self._answers.append(Answer(request.ticket, result))

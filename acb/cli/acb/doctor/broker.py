@@ -1,0 +1,93 @@
+"""The runtime directory, the broker in it, and what brokers that were killed have left there."""
+
+from __future__ import annotations
+
+import socket
+import stat
+from pathlib import Path
+from typing import Any
+
+from acb._version import __version__
+from acb.cli.acb.doctor.check import Check
+from acb.cli.gpu_assigner import talk
+from acb.config import ConfigError, runtime_dir, socket_path
+
+SECTION = "Broker"
+
+_TIMEOUT = 2.0  # seconds for somebody to accept a connection
+
+
+def look() -> tuple[dict[str, Any] | None, list[Check]]:
+    """What the running broker reports (None: none runs), and the checks."""
+    try:
+        directory = runtime_dir()
+        path = socket_path()
+    except ConfigError as error:
+        text, _, advice = str(error).rpartition("; ")
+        if not text:
+            text, advice = advice, "set ACB_RUNTIME_DIR to a directory of your own"
+        return None, [Check(SECTION, "directory", "fail", text, advice)]
+    mode = stat.S_IMODE(directory.stat().st_mode)
+    found = [Check(SECTION, "directory", "ok", f"{directory}, mode {mode:04o}, yours alone")]
+    report, broker = _broker(path)
+    found.append(broker)
+    leavings = stale(directory, None if report is None else path)
+    if leavings:
+        names = ", ".join(file.name for file in leavings)
+        found.append(
+            Check(
+                SECTION, "leavings", "note", f"killed brokers left {names}",
+                f"harmless; to be rid of them: rm {' '.join(str(file) for file in leavings)}",
+            )
+        )  # fmt: skip
+    return report, found
+
+
+def _broker(path: Path) -> tuple[dict[str, Any] | None, Check]:
+    try:
+        report = talk.status(path)
+    except ConfigError as error:
+        text, _, advice = str(error).partition("; ")
+        return None, Check(SECTION, "broker", "fail", text, advice or "gpu_assigner stop, then gpu_assigner start")
+    if report is None:
+        return None, Check(SECTION, "broker", "ok", f"none runs yet; the first acb-launch starts one at {path}")
+    clients = len(report["clients"])
+    text = (
+        f"process {report['pid']} lends {report['devices']}; "
+        f"{clients or 'no'} program{'' if clients == 1 else 's'} connected"
+    )
+    if report["version"] != __version__:
+        return report, Check(
+            SECTION, "broker", "warn", f"{text}; it is acb {report['version']}, this is {__version__}",
+            "when its programs are done: gpu_assigner stop",
+        )  # fmt: skip
+    return report, Check(SECTION, "broker", "ok", text)
+
+
+def stale(directory: Path, running: Path | None) -> list[Path]:
+    """Sockets in the runtime directory behind which nobody listens."""
+    return sorted(path for path in directory.glob("*.sock") if path != running and not _answers(path))
+
+
+def _answers(path: Path) -> bool:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.settimeout(_TIMEOUT)
+            connection.connect(str(path))
+    except (ConnectionError, FileNotFoundError):
+        return False
+    except OSError:  # busy, or not ours to ask
+        return True
+    return True
+
+
+def lends_simulated(report: dict[str, Any] | None, gpus_here: int) -> list[Check]:
+    """A broker with simulated GPUs where there are real ones is seldom meant."""
+    if report is None or not gpus_here or "simulated" not in report["devices"]:
+        return []
+    return [
+        Check(
+            SECTION, "simulated", "warn", "the running broker lends simulated GPUs, although there are real ones here",
+            "gpu_assigner stop, then gpu_assigner start",
+        )
+    ]  # fmt: skip

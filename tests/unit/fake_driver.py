@@ -1,0 +1,136 @@
+"""A CUDA driver and an NVML for tests: processes with memory on GPUs, which fail where they are told to."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from acb.devices.checkpoint import Checkpointer
+from acb.devices.cuda import CudaError, CudaUnavailable, Result, State, result_name
+from acb.devices.nvml import NvmlError
+
+GIB = 1 << 30
+A, B = "GPU-aaaaaaaa-0000-0000-0000-000000000000", "GPU-bbbbbbbb-0000-0000-0000-000000000000"
+
+
+@dataclass
+class FakeDriver:
+    """`fails`: CUresult by call; `then`: the state in which a failing call leaves the process (else: as it was)."""
+
+    fails: dict[str, int] = field(default_factory=dict)
+    then: dict[str, int] = field(default_factory=dict)
+    states: dict[int, int] = field(default_factory=dict)
+    cuda: int = 13000
+    missing: bool = False
+    calls: list[tuple[object, ...]] = field(default_factory=list)
+    gpus: Sequence[str] = (A, B)
+
+    def version(self) -> int:
+        return self.cuda
+
+    def devices(self) -> list[str]:
+        return list(self.gpus)
+
+    def state(self, pid: int) -> int:
+        self._call("state", pid)
+        return self.states.get(pid, State.RUNNING)
+
+    def restore_thread(self, pid: int) -> int:
+        return pid
+
+    def lock(self, pid: int, timeout_ms: int) -> None:
+        self._call("lock", pid, timeout_ms)
+        self._step("Lock", pid, State.RUNNING, State.LOCKED)
+
+    def checkpoint(self, pid: int) -> None:
+        self._call("checkpoint", pid)
+        self._step("Checkpoint", pid, State.LOCKED, State.CHECKPOINTED)
+
+    def restore(self, pid: int, pairs: Sequence[tuple[str, str]] = ()) -> None:
+        self._call("restore", pid, *pairs)
+        self._step("Restore", pid, State.CHECKPOINTED, State.LOCKED)
+
+    def unlock(self, pid: int) -> None:
+        self._call("unlock", pid)
+        self._step("Unlock", pid, State.LOCKED, State.RUNNING)
+
+    def made(self) -> list[object]:
+        """The calls that change something."""
+        return [call[0] for call in self.calls if call[0] != "state"]
+
+    def _call(self, name: str, pid: int, *rest: object) -> None:
+        self.calls.append((name, pid, *rest))
+        if self.missing:
+            raise CudaUnavailable(f"this NVIDIA driver has no {name}; it exists since driver 570")
+        code = self.fails.get(name, 0)
+        if code:
+            self.states[pid] = self.then.get(name, self.states.get(pid, State.RUNNING))
+            raise CudaError(name, code, result_name(code))
+
+    def _step(self, name: str, pid: int, before: int, after: int) -> None:
+        if self.states.get(pid, State.RUNNING) != before:
+            raise CudaError(name, Result.ILLEGAL_STATE, result_name(Result.ILLEGAL_STATE))
+        self.states[pid] = after
+
+
+@dataclass
+class FakeMemory:
+    """One GPU of 80 GiB after the other; the process's memory is there unless it is checkpointed."""
+
+    driver: FakeDriver
+    held: dict[int, dict[str, int]] = field(default_factory=dict)
+    overhead: int = 0
+    others: dict[str, int] = field(default_factory=dict)
+    knows_pids: bool = True
+    silent: bool = False
+
+    def free(self, which: str, /) -> int:
+        if self.silent:
+            raise NvmlError(f"GPU {which} does not answer")
+        there = [pid for pid in self.held if self.driver.states.get(pid, State.RUNNING) != State.CHECKPOINTED]
+        used = sum(self.held[pid].get(which, 0) + self.overhead * (which in self.held[pid]) for pid in there)
+        return 80 * GIB - used - self.others.get(which, 0)
+
+    def processes(self, which: str, /) -> dict[int, int | None]:
+        if self.silent:
+            raise NvmlError(f"GPU {which} does not answer")
+        return {pid: sizes[which] for pid, sizes in self.held.items() if which in sizes and self.knows_pids}
+
+
+class HangingDriver(FakeDriver):
+    """Never comes back from a checkpoint."""
+
+    def checkpoint(self, pid: int) -> None:
+        signal.pause()
+
+
+class CrashingDriver(FakeDriver):
+    """Takes its process with it."""
+
+    def checkpoint(self, pid: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tier() -> Checkpointer:
+    """For the helper's process: what FAKE_DRIVER in the environment describes."""
+    scenario = json.loads(os.environ.get("FAKE_DRIVER", "{}"))
+    if scenario.get("none"):
+        raise CudaUnavailable("there is no CUDA driver here")
+    if scenario.get("hangs_at_start"):
+        signal.pause()
+    kind = {"hangs": HangingDriver, "crashes": CrashingDriver}.get(scenario.get("kind", ""), FakeDriver)
+    driver = kind(fails=scenario.get("fails", {}))
+    held = {int(pid): sizes for pid, sizes in scenario.get("held", {}).items()}
+    if scenario.get("noise"):
+        print("the driver prints this on stdout", flush=True)
+    return Checkpointer(driver, FakeMemory(driver, held))
+
+
+def real_calls() -> Checkpointer:
+    """For the helper's process: the real calls of whatever libcuda is found, and a GPU with room for everybody."""
+    from acb.devices.cuda import LibCuda
+
+    return Checkpointer(LibCuda(), FakeMemory(FakeDriver()))
