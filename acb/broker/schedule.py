@@ -151,6 +151,9 @@ class Scheduler:
             del self._dirty[gpu]
             seen[gpu] = None
             self._serve(gpu, now)
+        for gpu in list(seen):
+            if gpu.challenger is not None:  # who waits for one of its GPUs may now be let in as soon as another is free
+                seen |= dict.fromkeys(gpu.challenger.gpus)
         for unit in dict.fromkeys(unit for gpu in seen for unit in gpu.units):
             self._contend(unit, now)
 
@@ -331,18 +334,22 @@ class Scheduler:
         longest = 0.0
         for gpu, _ in unit.places():
             if gpu.full:
-                longest = max(longest, min(self._remaining(holder, now) for holder in gpu.units))
+                longest = max(longest, min(self._remaining(holder, gpu, now) for holder in gpu.units))
             for other in gpu.occupants.values():
                 if other.evacuating:
                     longest = max(longest, other.evacuation_at + 0.5 * swap_seconds(other) - now)
         return longest
 
-    def _remaining(self, holder: Unit, now: float) -> float:
-        """Seconds that a holder is expected to go on: its usual phase, unless it is preempted before."""
-        phases = [client.profile.phase_seconds() for client in holder.leased()]
-        ends = [now if phase is None else holder.granted_at + phase for phase in phases]
-        end = max(ends, default=now)
-        return max(0.0, (end if holder.preempt_at is None else min(end, holder.preempt_at)) - now)
+    def _remaining(self, holder: Unit, gpu: Gpu, now: float) -> float:
+        """Seconds that a holder is expected to go on: its usual phase, at most until it is preempted."""
+        end = holder.preempt_at
+        if end is None:
+            end = now if gpu.challenger is None else self._protected_until(holder, gpu, now)
+        for client in holder.leased():
+            phase = client.profile.phase_seconds()
+            if phase is not None:
+                end = min(end, client.started_at + phase)
+        return max(0.0, end - now)
 
     # --- revoking ---------------------------------------------------------------------------------------------------
 

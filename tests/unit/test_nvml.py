@@ -7,7 +7,6 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from acb.broker.core import Gpu
 from acb.cli.gpu_assigner import pool
 from acb.config import ConfigError
 from acb.devices import nvml
@@ -236,7 +235,9 @@ def test_a_gpu_lost_later_is_said_so(driver: type[FakeNvml]) -> None:
 def test_a_pool_of_all_or_of_those_chosen(driver: type[FakeNvml]) -> None:
     driver(["a", "b", "c"])
     everything = pool.real(None)
-    assert everything.gpus == [Gpu(n, (n + 1) << 30, UUIDS[n]) for n in range(3)]
+    assert [(g.ordinal, g.capacity, g.visible) for g in everything.gpus] == [
+        (n, (n + 1) << 30, UUIDS[n]) for n in range(3)
+    ]
     assert everything.description == "a (1GiB), b (2GiB), c (3GiB)"
     assert pool.real(["all"]).gpus == everything.gpus
     assert [gpu.ordinal for gpu in pool.real(["2", UUIDS[0]]).gpus] == [2, 0]

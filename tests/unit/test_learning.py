@@ -1,0 +1,120 @@
+"""What is learned of programs: percentiles, when they are believed, and the file that keeps them."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from acb.broker.history import History
+from acb.broker.learning import ENOUGH, PROGRAMS, SAMPLES, Profile, Programs, Samples
+
+
+@given(st.lists(st.floats(0, 1e6), max_size=150), st.floats(0, 100))
+def test_percentiles_are_those_of_the_last_samples(values: list[float], percent: float) -> None:
+    samples = Samples(values)
+    last = sorted(values[-SAMPLES:])
+    assert list(samples) == values[-SAMPLES:]
+    found = samples.percentile(percent)
+    if len(last) < ENOUGH:
+        assert found is None
+    else:
+        assert found in last
+        assert sum(value <= found for value in last) >= percent / 100 * len(last)
+        assert sum(value < found for value in last) <= percent / 100 * len(last)
+
+
+def test_a_client_goes_by_its_own_samples_once_it_has_enough() -> None:
+    program = Profile()
+    for seconds in (1.0, 1.0, 1.0):
+        Profile(program).phase(seconds)
+    client = Profile(program)
+    assert client.phase_seconds() == 1.0
+    for seconds in (5.0, 5.0, 5.0):
+        client.phase(seconds)
+    assert client.phase_seconds() == 5.0
+    assert Profile(program).phase_seconds() == 5.0  # the 90th percentile of six
+
+
+def test_runs_whose_peaks_differ_say_nothing_of_the_next() -> None:
+    program = Profile()
+    for peak in (100, 105, 102):
+        program.ended(peak, 0.5)
+    assert program.peak_bytes() == 105
+    program.ended(300, 0.5)
+    assert program.peak_bytes() is None
+
+
+def test_swaps_are_learned_a_byte() -> None:
+    profile = Profile()
+    for _ in range(3):
+        profile.swapped(1000, 2.0)
+        profile.swapped(0, 9.0)
+    assert profile.swap_seconds(5000) == pytest.approx(10.0)
+
+
+def test_programs_seen_least_recently_are_forgotten() -> None:
+    programs = Programs()
+    for number in range(PROGRAMS + 5):
+        programs[f"p{number}"].ended(1, 1)
+        programs["always"].ended(1, 1)
+    kept = programs.to_json()
+    assert len(kept) == PROGRAMS
+    assert "always" in kept
+    assert "p0" not in kept
+
+
+def test_what_was_learned_outlives_the_broker(tmp_path: Path) -> None:
+    file = tmp_path / "state" / "programs.json"
+    first = History(file)
+    for _ in range(3):
+        first.programs["fold"].ended(500, 0.25)
+    first.client_ended()
+    first.save()
+    second = History(file)
+    assert second.programs["fold"].peak_bytes() == 500
+    assert second.programs["fold"].share() == 0.25
+    assert [path.name for path in file.parent.iterdir()] == ["programs.json"]
+
+
+def test_two_brokers_keep_what_each_has_learned(tmp_path: Path) -> None:
+    file = tmp_path / "programs.json"
+    one, other = History(file), History(file)
+    one.programs["a"].phase(1.0)
+    one.client_ended()
+    one.save()
+    other.programs["b"].phase(2.0)
+    other.client_ended()
+    other.save()
+    assert set(json.loads(file.read_text())) == {"a", "b"}
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"a": 3}', '{"a": {"phases": ["x", -1, 1e300]}}', "[" * 100_000])
+def test_a_file_that_makes_no_sense_costs_nothing(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "programs.json"
+    file.write_text(content)
+    history = History(file)
+    assert history.programs["a"].phase_seconds() is None
+    history.client_ended()
+    history.save()
+    assert isinstance(json.loads(file.read_text()), dict)
+
+
+def test_a_place_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    history = History(tmp_path / "file" / "programs.json")
+    history.client_ended()
+    history.save()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_samples_stay_in_order_however_they_come() -> None:
+    chance = random.Random(1)
+    samples = Samples()
+    for _ in range(500):
+        samples.add(chance.choice([0.0, 1.0, 1.0, chance.random()]))
+        assert samples._sorted == sorted(samples)
