@@ -13,26 +13,37 @@ core, where a round trip is but two switches: `roundtrip_one_core_us`. A hand-ov
 In life phases last long, and what is not used is gone from the processor's caches and asleep: then either takes a
 multiple. Some rounds more show it, in which everybody rests before each measurement (`rested`).
 
+A broker of many programs must not be slower for it: the hand-over is also timed with hundreds of other clients
+connected (`crowded`), in turn with a broker of these two alone.
+
 Clock: time.monotonic(), which on Linux is common to all processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import resource
 import socket
+import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from acb.protocol import MAX_PACKET, VERSION, Hello, Welcome, decode, encode
 from benchmarks import report
 
 TARGET = 3.0
 """The median hand-over, in round trips."""
+
+CROWDED_TARGET = 1.5
+"""The median hand-over with many other clients, over that without."""
 
 REST = 0.01
 """Seconds that everybody rests before each measurement, in the rounds that show what that does."""
@@ -56,8 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--rounds", type=report.positive, default=500, metavar="N", help="hand-overs (default: %(default)s)"
     )
+    parser.add_argument(
+        "--others", type=report.positive, default=500, metavar="N",
+        help="other clients, in the rounds with many (default: %(default)s)",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     figures = measure(options.rounds)
+    crowded = figures["crowded"] = measure_crowded(max(50, options.rounds // 2), options.others)
     rested = figures["rested"]
     rows = [
         _row("hand-over, release to grant (median)", figures, "handover"),
@@ -70,6 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _row(f"hand-over after {REST * 1000:.0f} ms of rest", rested, "handover"),
         _row("bare socket round trip after the same", rested, "roundtrip"),
         report.Row("hand-over in round trips after rest", f"{rested['ratio']:.2f}"),
+        report.Row(
+            f"hand-over with {options.others} other clients over that without",
+            f"{crowded['ratio']:.2f}",
+            f"at most {CROWDED_TARGET}",
+            crowded["ratio"] <= CROWDED_TARGET,
+            f"{crowded['with_us']:.0f} µs and {crowded['without_us']:.0f} µs",
+        ),
     ]
     report.publish(
         f"Hand-over of a simulated GPU between two processes, {options.rounds} rounds", rows, figures, options.json
@@ -77,10 +100,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(rounds: int) -> dict[str, Any]:
-    """Run the two processes for so many rounds; all figures in microseconds."""
+def measure_crowded(rounds: int, others: int) -> dict[str, Any]:
+    """Medians, in microseconds, with so many `others` connected and without, measured in turn, and their ratio."""
+    medians: dict[int, list[float]] = {0: [], others: []}
+    for count in (0, others, others, 0):
+        medians[count].append(measure(rounds, count)["handover_us"])
+    without, crowded = (statistics.fmean(medians[count]) for count in (0, others))
+    return {"others": others, "with_us": crowded, "without_us": without, "ratio": crowded / without, "rounds": rounds}
+
+
+@contextlib.contextmanager
+def _connected(count: int, path: Path) -> Iterator[None]:
+    """So many other clients of the broker at `path`, in this process, which want nothing."""
+    with contextlib.ExitStack() as stack:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, count + 100)), hard))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for number in range(count):
+            connection = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            connection.connect(str(path))
+            connection.send(encode(Hello(VERSION, os.getpid(), f"other {number}")))
+            if not isinstance(decode(connection.recv(MAX_PACKET)), Welcome):
+                raise SystemExit("the broker does not take so many clients")
+        yield
+
+
+def measure(rounds: int, others: int = 0) -> dict[str, Any]:
+    """Run the two processes for so many rounds, with `others` connected; all figures in microseconds."""
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with report.broker() as environment, ends[0], ends[1]:
+    with (
+        report.broker() as environment,
+        _connected(others, Path(environment["ACB_RUNTIME_DIR"], "broker.sock")),
+        ends[0],
+        ends[1],
+    ):
         peers = [
             subprocess.Popen(
                 [sys.executable, "-c", PEER, str(end.fileno()), str(number), str(rounds)],
