@@ -113,6 +113,16 @@ class Restored(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Holds(Message):
+    """A client that has the lease holds `resident` bytes, and has held `peak` at most: said now and then, and at its
+    end."""
+
+    type: ClassVar[str] = "holds"
+    resident: int
+    peak: int
+
+
+@dataclass(frozen=True, slots=True)
 class MoreRoom(Message):
     """A running client came short: it holds `resident` and wants `nbytes` more."""
 
@@ -233,7 +243,7 @@ _MessageT = TypeVar("_MessageT", bound=Message)
 _TYPES: dict[str, type[Message]] = {
     cls.type: cls
     for cls in (
-        Hello, Request, Yield, Evacuated, Restored, MoreRoom, AskStatus, AskStop,
+        Hello, Request, Yield, Evacuated, Restored, Holds, MoreRoom, AskStatus, AskStop,
         Welcome, Grant, Revoke, Evacuate, Uncontended, Room, Refused, Status, Goodbye,
     )
 }  # fmt: skip

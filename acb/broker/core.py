@@ -34,6 +34,7 @@ from acb.protocol import (
     VERSION,
     Evacuated,
     Hello,
+    Holds,
     Message,
     MoreRoom,
     Refused,
@@ -68,6 +69,7 @@ class Broker:
             Yield: self._yield,
             Evacuated: self._evacuated,
             Restored: self._restored,
+            Holds: self._holds,
             MoreRoom: self._more_room,
         }
 
@@ -228,7 +230,7 @@ class Broker:
         unit, gpus = client.unit, client.gpus
         if client.lease:
             client.leased_seconds += now - client.granted_at
-        if client.leased_seconds and now > client.came_at:
+        if client.peak and now > client.came_at:
             client.profile.ended(client.peak, min(1.0, client.leased_seconds / (now - client.came_at)))
         client.lease = client.waiting = False
         client.resident = 0
@@ -348,6 +350,10 @@ class Broker:
         client.started_at = now
         client.profile.swapped(message.moved, client.evacuation_seconds + max(0.0, message.seconds))
         self.scheduler.touch(*client.gpus, *self._room.host_memory_freed())
+
+    def _holds(self, client: Client, message: Holds, now: float) -> None:
+        if client.lease and not client.evacuated:
+            self._room.measure(client, message.resident, message.peak)
 
     def _more_room(self, client: Client, message: MoreRoom, now: float) -> None:
         if not client.lease:

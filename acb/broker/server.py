@@ -32,6 +32,7 @@ from acb.protocol import (
     Evacuated,
     Goodbye,
     Hello,
+    Holds,
     Message,
     MoreRoom,
     ProtocolError,
@@ -306,7 +307,7 @@ class Server:
 
     def _corrected(self, connection: Connection, message: Message) -> Message:
         """The message with what the device says that the client has there, where it can say."""
-        if isinstance(message, (Yield, Evacuated, Restored, MoreRoom)) and self._referees:
+        if isinstance(message, (Yield, Evacuated, Restored, Holds, MoreRoom)) and self._referees:
             client = self._core.clients.get(connection.id)
             gpus = client.gpus if client is not None else []
             held = [self._referees[gpu.ordinal].holds(connection.pid) for gpu in gpus if gpu.ordinal in self._referees]

@@ -34,6 +34,7 @@ from acb.protocol import (
     Goodbye,
     Grant,
     Hello,
+    Holds,
     Message,
     MoreRoom,
     ProtocolError,
@@ -68,7 +69,10 @@ MAX_GRANT = 1024
 """Bytes: no packet with a grant is longer."""
 
 HEARTBEAT = 5.0
-"""Seconds: as long as the agent can be deaf, should a thread that listens be interrupted at the wrong microsecond."""
+"""Seconds: as long as the agent can be deaf, should a thread that listens be interrupted at the wrong microsecond.
+
+Also how often it says what the program holds, when that has changed.
+"""
 
 _receive = socket.SocketType.recv
 """Not socket.socket's, which acb's own hooks replace to learn of what the program waits for."""
@@ -136,6 +140,8 @@ class Agent:
         self._patience = 0.02  # seconds between tries to connect
         self._try_at = 0.0  # when to try to connect next
         self._restart_at = 0.0
+        self._said: Holds | None = None
+        self._say_at = 0.0
         self._farewell = False
         self._finishing = False
         self._outside = False  # the thread waits for other processes, in nobody's C++ code
@@ -271,6 +277,7 @@ class Agent:
         with self._lock:
             if thread is not None:
                 self._trace.change("gone", "the program ends")
+                self._say_what_is_held()
             self._welcomed = False  # nobody answers any more
             self._room_changed.notify_all()
             if self._socket is not None:
@@ -339,6 +346,9 @@ class Agent:
                     left = max(0.0, self._try_at - now)
                     wait = left if wait is None else min(wait, left)
             events = poller.poll(HEARTBEAT if wait is None else min(wait, HEARTBEAT))
+            if not events and time.monotonic() >= self._say_at:
+                self._say_at = time.monotonic() + HEARTBEAT
+                self._say_what_is_held()
             if not events and self._socket is not None and self._reading.acquire(blocking=False):
                 self._hear(self._socket)
                 self._reading.release()
@@ -349,6 +359,14 @@ class Agent:
                     self._disconnected()
             if self._socket is None or self._finishing:
                 return
+
+    def _say_what_is_held(self) -> None:
+        """Let the broker know, once in a while, and see what it learns from."""
+        with self._lock:
+            holds = Holds(self._resident(), self._sum("peak")) if self.lease and not self._evacuated else None
+            if holds is not None and holds != self._said and self._welcomed:
+                self._said = holds
+                self._send(holds)
 
     def _read(self) -> bool:
         """Take one packet of the broker's, unless a thread of the program reads. False: the connection is closed."""
@@ -534,6 +552,7 @@ class Agent:
         self.gpus = tuple(map(int, grant.gpus.split(","))) if grant.gpus else (grant.gpu,)
         self.lease, self._requested, self._revoked = True, False, False
         self._need, self._restore_wait, self._stall_after = 0, 0.0, STALL
+        self._say_at = time.monotonic() + HEARTBEAT
         if not self._simulated and grant.visible and os.environ.get("CUDA_VISIBLE_DEVICES") != grant.visible:
             # Read by CUDA when it starts in this process; without effect, and without harm, after that.
             os.environ["CUDA_VISIBLE_DEVICES"] = grant.visible

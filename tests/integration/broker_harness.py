@@ -127,15 +127,18 @@ class Site:
             lambda: (seen := self.client(program)).get("state") in states and seen,
         )
 
-    def card(self) -> Card:
-        """The simulated GPU."""
+    def card(self, ordinal: int = 0) -> Card:
+        """A simulated GPU."""
         [directory] = self.directory.glob("simulated-*")
-        return Card.open(directory)
+        return Card.open(directory, ordinal)
 
     def violations(self) -> list[Any]:
-        """What the referee has noted."""
-        with self.card() as card:
-            return list(card.violations())
+        """What the referees of all GPUs have noted."""
+        found: list[Any] = []
+        for ordinal in range(len((self.report() or {"gpus": [{}]})["gpus"])):
+            with self.card(ordinal) as card:
+                found += card.violations()
+        return found
 
     def connect(self) -> Peer:
         """A connection of the test's own to the broker."""

@@ -36,14 +36,24 @@ class Memory:
     name = "leaser"
 
     def __init__(self) -> None:
-        simulated = runtime.client().simulated
-        assert simulated is not None
-        self.card = Card.open(simulated)
+        self._card: Card | None = None
         self.on_card: dict[str, bytes] = {}
         self.on_host: dict[str, bytes] = {}
         self.holds: set[str] = set()
         self.failures: dict[str, list[str]] = {}
         self.go_on = threading.Event()
+
+    @property
+    def card(self) -> Card:
+        """The GPU that this process is bound to; before that, the first."""
+        if self._card is None:
+            client = runtime.client()
+            assert client.simulated is not None
+            card = Card.open(client.simulated, client.gpu or 0)
+            if client.gpu is None:
+                return card
+            self._card = card
+        return self._card
 
     def step(self, name: str) -> None:
         """Stop here if the test has asked for it, and fail if it has asked for that."""
@@ -316,6 +326,7 @@ def facts() -> dict[str, Any]:
     client = runtime.client()
     return {
         "gpu": client.gpu,
+        "gpus": list(client.gpus),
         "lease": client.agent.lease,
         "closed": client.gate.closed,
         "threads": [thread.name for thread in threading.enumerate()],
