@@ -50,9 +50,9 @@ class Client:
     """A job with its agent."""
 
     __slots__ = (
-        "card", "claim", "deferred", "done", "evacuated", "gaps", "id", "index", "job", "last_exit", "lease", "left",
-        "node", "patience", "plan", "preempt_at", "requested", "resident", "restoring", "revoked", "run_since",
-        "running", "swap", "swap_told", "waits_since",
+        "card", "claim", "computed", "deferred", "done", "evacuated", "gaps", "id", "index", "job", "last_exit",
+        "lease", "left", "node", "patience", "plan", "preempt_at", "requested", "resident", "restoring", "revoked",
+        "run_since", "running", "swap", "swap_told", "waits_since",
     )  # fmt: skip
 
     def __init__(self, node: Node, number: int, job: Job) -> None:
@@ -63,6 +63,7 @@ class Client:
         self.index = -1  # of the phase
         self.done = 0.0  # seconds of the GPU phase that were done under earlier leases
         self.run_since = self.last_exit = self.preempt_at = self.waits_since = 0.0
+        self.computed = 0.0  # seconds of GPU work in all
         self.claim = self.resident = self.evacuated = 0
         self.gaps: deque[float] = deque(maxlen=64)
         self.swap = SwapCost()
@@ -145,6 +146,7 @@ class Client:
         card.computing -= 1
         self.running = False
         self.plan += 1
+        self.computed += done - self.done
         node.computed += done - self.done
         self.done, self.last_exit = done, node.now
 
@@ -182,6 +184,7 @@ class Client:
             raise SimulationError(f"client {self.id} was granted GPU {card.ordinal}, but is bound to another")
         node.settle(card)
         self.card, self.lease, self.requested, self.revoked = card, True, False, False
+        card.waiting += 1  # it still does until all its memory is back
         card.holders += 1
         if card.holders > card.slots:
             raise SimulationError(f"GPU {card.ordinal} has {card.holders} holders")
@@ -224,8 +227,11 @@ class Client:
         self._restored()
 
     def _restored(self) -> None:
-        node = self.node
+        node, card = self.node, self.card
+        assert card is not None
         self.restoring = False
+        node.settle(card)
+        card.waiting -= 1
         node.outcome.waits.setdefault(self.job.kind, array("d")).append(node.now - self.waits_since)
         self.last_exit = node.now  # waiting for the lease is no gap of the program's
         if self.deferred is not None:

@@ -63,15 +63,16 @@ class Job(NamedTuple):
 def alphafold2(rng: random.Random, length: float = 1.0) -> Job:
     """Six targets, each a database search and then five models, with some preparing and relaxing after each.
 
-    Lengths: log-normal about 350 residues, as proteins' are. A model takes 1.1 min at 384 residues and 0.6 min at 256,
-    on a V100 without ensembling (Jumper et al., Nature 596, 2021, methods): the power 1.5 of the length. 60 to 70 % of
-    the time is the CPU's, 65.5 on average; nine tenths of that are the search, a child process, which acb sees. A model
-    is one call and so one region: it cannot be cut. Memory: 10 GiB, so that four run out of a V100's 16 or 32.
+    Lengths: log-normal about 350 residues, as proteins' are, less the longest. A model takes 1.1 min at 384 residues
+    and 0.6 min at 256, on a V100 without ensembling (Jumper et al., Nature 596, 2021, methods): the power 1.5 of the
+    length. 60 to 70 % of the time is the CPU's, 65.5 on average; nine tenths of that are the search, a child process,
+    which acb sees. A model is one call and so one region: it cannot be cut. Memory: 10 GiB, so that four run out of a
+    V100's 16 or 32.
     """
     phases = []
     longest = 0.0
     for _ in range(max(1, round(6 * length))):
-        residues = min(800.0, max(80.0, rng.lognormvariate(5.86, 0.45)))
+        residues = min(600.0, max(100.0, rng.lognormvariate(5.86, 0.35)))
         model = 66.0 * (residues / 384) ** 1.5
         share = GPU_SHARE + rng.uniform(-0.045, 0.045)
         cpu = 5 * model * (1 - share) / share
@@ -83,28 +84,28 @@ def alphafold2(rng: random.Random, length: float = 1.0) -> Job:
 
 
 def video(rng: random.Random, length: float = 1.0) -> Job:
-    """A detector: 400 batches of frames; each 20 to 40 ms on the GPU between 40 to 80 ms of decoding and drawing.
+    """A detector: 2000 batches of frames; each 20 to 40 ms on the GPU between 40 to 80 ms of decoding and drawing.
 
     An assumption: a small detector's time for eight frames, and OpenCV's on one core for the same at 1080p. Nothing
     marks the pauses: acb must learn them.
     """
     phases = []
-    for _ in range(max(1, round(400 * length))):
+    for _ in range(max(1, round(2000 * length))):
         phases += [Phase(CPU, rng.uniform(0.03, 0.06)), Phase(GPU, rng.uniform(0.02, 0.04))]
         phases.append(Phase(CPU, rng.uniform(0.01, 0.02)))
     return Job("video", tuple(phases), 2 * GiB, int(1.5 * GiB), region=0.01)
 
 
 def training(rng: random.Random, length: float = 1.0) -> Job:
-    """600 steps of 0.2 to 0.5 s, of one length in a job, with gaps in which data is loaded; an evaluation on the CPU
-    and a checkpoint every 100.
+    """2000 steps of 0.2 to 0.5 s, of one length in a job, with gaps in which data is loaded, and a checkpoint every
+    100.
 
     An assumption: loading takes 5 to 40 % of a step, and every tenth gap thrice that. A step is forward, backward and
     optimizer: several regions. Optimizer state and activations make 14 GiB, of which the allocator keeps all but one.
     """
     step, share = rng.uniform(0.2, 0.5), rng.uniform(0.05, 0.4)
     phases = []
-    for number in range(max(1, round(600 * length))):
+    for number in range(max(1, round(2000 * length))):
         loading = step * share * rng.uniform(0.8, 1.2) * (3 if rng.random() < 0.1 else 1)
         phases += [Phase(CPU, loading), Phase(GPU, step)]
         if number % 100 == 99:

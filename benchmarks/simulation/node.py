@@ -16,14 +16,17 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from acb.broker.core import Broker, Gpu, Send
-from acb.broker.policies import Policy
+from acb.broker.core import Broker, Gpu
 from acb.protocol import Message
 from benchmarks.simulation.clients import Client
 from benchmarks.simulation.machine import Card, Machine, Outcome, SimulationError
 from benchmarks.simulation.mixes import Job
+
+if TYPE_CHECKING:
+    from acb.broker.core import Send
+    from acb.broker.policies import Policy
 
 
 class Node:
@@ -114,6 +117,8 @@ class Node:
         if card is not None:
             self.settle(card)
             card.holders -= client.lease
+            card.waiting -= client.restoring
+            client.restoring = False
             client.lease = client.revoked = False
             client._claim(0)
         self.say(client, None)

@@ -1,0 +1,89 @@
+"""A mix of jobs on many nodes with a broker each; placing jobs on nodes, here round robin, is a batch system's work."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
+
+from acb.broker.policies import POLICIES
+from benchmarks import report
+from benchmarks.simulation.machine import Machine, Outcome
+from benchmarks.simulation.mixes import GiB, jobs
+from benchmarks.simulation.node import Node
+
+GPUS_A_NODE = 8
+
+ORDER = ("fifo", "fair", "priority", "backfill", "affinity")
+
+
+def policies() -> list[str]:
+    """The policies that there are, each by one name."""
+    return [name for name in ORDER if name in POLICIES]
+
+
+class Run(NamedTuple):
+    """What is to be run. `cores` are a node's (None: one for each of its jobs), `memory` bytes of one GPU, `bandwidth`
+    bytes a second, `length` the jobs', in parts of what benchmarks.simulation.mixes describes."""
+
+    mix: str
+    policy: str
+    clients: int = 80
+    gpus: int = 8
+    length: float = 0.5
+    seed: int = 1
+    cores: int | None = None
+    memory: int = 32 * GiB
+    bandwidth: float = 24.0 * GiB
+    quantum: float | None = None
+    check: bool = False
+
+
+def run(what: Run, processes: int = 1) -> Outcome:
+    """Run it, the nodes spread over so many processes: they have nothing to do with each other."""
+    nodes = -(-what.gpus // GPUS_A_NODE)
+    one = partial(run_node, what)
+    outcome = Outcome()
+    if processes == 1 or nodes == 1:
+        for number in range(nodes):
+            outcome.add(one(number))
+        return outcome
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("forkserver")) as pool:
+        for part in pool.map(one, range(nodes)):
+            outcome.add(part)
+    return outcome
+
+
+def run_node(what: Run, number: int) -> Outcome:
+    """The node of this number, from 0."""
+    nodes = -(-what.gpus // GPUS_A_NODE)
+    gpus = what.gpus // nodes + (number < what.gpus % nodes)
+    machine = Machine(gpus, what.memory, what.bandwidth, what.cores)
+    mine = jobs(what.mix, range(number, what.clients, nodes), what.seed, what.length)
+    return Node(machine, POLICIES[what.policy](what.quantum), mine, what.check).run()
+
+
+def describe(what: Run, outcome: Outcome) -> dict[str, Any]:
+    """The figures of a run: virtual seconds, bytes, and fractions of all GPUs' time until the makespan."""
+    gpu_time = outcome.makespan * outcome.gpus
+    waits = {kind: report.percentiles(found) for kind, found in sorted(outcome.waits.items())}
+    everybody = report.percentiles(list(chain.from_iterable(outcome.waits.values())))
+    return {
+        **what._asdict(),
+        "makespan_s": outcome.makespan,
+        "bound_s": outcome.bound,
+        "efficiency": outcome.efficiency,
+        "wait_mean_s": everybody["mean"],
+        "wait_p99_s": everybody["p99"],
+        "wait_max_s": everybody["max"],
+        "wait_s_by_kind": waits,
+        "copies": outcome.copies,
+        "copied_bytes": outcome.copied,
+        "leases": outcome.leases,
+        "messages": outcome.messages,
+        "failed": outcome.failed,
+        "gpu_busy": outcome.gpu_seconds / gpu_time,
+        **{f"gpu_{reason}": seconds / gpu_time for reason, seconds in outcome.lost.items()},
+    }
