@@ -20,6 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from acb import config
@@ -101,11 +102,8 @@ def _runs(options: argparse.Namespace) -> tuple[dict[str, Any], list[report.Row]
     if not chosen:
         big = "fair" if "fair" in every else every[0]
         plan.append(Run("mixed", big, 10_000, 1000, options.length or BIG_LENGTH, **common))
-    found = []
-    for what in plan:
-        begin = time.perf_counter()
-        found.append(runs.describe(what, runs.run(what, options.processes)))
-        found[-1]["wall_s"] = time.perf_counter() - begin
+    outcomes = runs.run_all(plan, options.processes)
+    found = [runs.describe(what, outcome) for what, outcome in zip(plan, outcomes, strict=True)]
     report.show(
         "Runs (virtual time; waits until the GPU works for the client; idle: while somebody waits for that GPU)",
         ("mix", "policy", "clients/GPUs", "makespan", "bound", "efficiency", "wait mean", "99 %", "copies", "TiB",
@@ -133,11 +131,12 @@ def _runs(options: argparse.Namespace) -> tuple[dict[str, Any], list[report.Row]
         )
     if not chosen:
         largest = found[-1]
+        effort = f"{largest['messages']} messages in {largest['real_s']:.0f} s of a core's time"
         rows.append(
             report.Row(
                 f"{largest['clients']} clients on {largest['gpus']} GPUs: bound over makespan, virtual time",
                 f"{largest['efficiency']:.2f}",
-                remark=f"{largest['policy']}, {largest['messages']} messages in {largest['wall_s']:.0f} s of real time",
+                remark=f"{largest['policy']}; {effort}",
             )
         )
     folds = {policy: _four_folds(policy, options) for policy in options.policy or every}
@@ -197,11 +196,9 @@ def _cost(options: argparse.Namespace) -> tuple[dict[str, Any], list[report.Row]
 
 def _quantum(options: argparse.Namespace) -> tuple[dict[str, Any], list[report.Row]]:
     """Throughput by the quantum."""
-    found = [
-        quanta.measure(pair, policy, options.bandwidth, options.check)
-        for pair in quanta.PAIRS
-        for policy in options.policy or runs.policies()
-    ]
+    plan = [(pair, policy) for pair in quanta.PAIRS for policy in options.policy or runs.policies()]
+    measure = partial(quanta.measure, bandwidth=options.bandwidth, check=options.check)
+    found = runs.spread(measure, plan, options.processes)
     names = list(found[0]["fixed_s"])
     report.show(
         "Two jobs that do not fit together: seconds by quantum (virtual time)",
@@ -229,10 +226,8 @@ def _quantum(options: argparse.Namespace) -> tuple[dict[str, Any], list[report.R
 
 def _starvation(options: argparse.Namespace) -> tuple[dict[str, Any], list[report.Row]]:
     """The longest wait in an adversarial stream."""
-    found = [
-        starvation.measure(policy, options.bandwidth, check=options.check)
-        for policy in options.policy or runs.policies()
-    ]
+    measure = partial(starvation.measure, bandwidth=options.bandwidth, check=options.check)
+    found = runs.spread(measure, options.policy or runs.policies(), options.processes)
     report.show(
         f"One disfavoured client against a stream, {starvation.HORIZON:.0f} s (virtual time)",
         ("policy", "longest wait", "leases", "share of the GPU", "the stream's"),

@@ -18,6 +18,7 @@ from acb.broker.core import Broker, Gpu
 from acb.broker.policies import POLICIES
 from acb.protocol import VERSION, Evacuate, Evacuated, Grant, Hello, Message, Request, Restored, Yield
 from benchmarks.simulation.mixes import GiB
+from benchmarks.simulation.node import wake_at
 
 GPUS = 8
 CAPACITY = 32 * GiB
@@ -27,7 +28,8 @@ SMALL = 4 << 20
 SETTINGS = ("beside", "swap")
 ROUNDS = 5
 CYCLES = 400
-"""Of a round. A first round is not counted: the clients then begin to be known."""
+"""Of a round. Before the first, not counted, each client has had its turn three times: then their memory is known."""
+WARM_UP = 3
 
 PATIENCE = 60.0
 """Real seconds for one measurement; one that takes longer counts as not reached."""
@@ -65,8 +67,8 @@ class Cycling:
             number, message = said.popleft()
             begin = time.perf_counter()
             sends = self.broker.handle(number, message, self.now)
-            wake_at = getattr(self.broker, "wake_at", None)
-            if wake_at is not None and wake_at <= self.now:
+            due = wake_at(self.broker)
+            if due is not None and due <= self.now:
                 sends = [*sends, *self.broker.tick(self.now)]  # type: ignore[attr-defined]
             end = time.perf_counter()
             self.spent += end - begin
@@ -90,13 +92,14 @@ def measure(clients: int, policy: str, setting: str, rounds: int = ROUNDS, cycle
     per_cycle, per_decision = [], []
     try:
         cycling = Cycling(clients, policy, setting)
-        for number in range(rounds + 1):
+        for _ in range(WARM_UP * clients):
+            cycling.cycle()
+        for _ in range(rounds):
             cycling.spent, cycling.decisions = 0.0, 0
             for _ in range(cycles):
                 cycling.cycle()
-            if number:
-                per_cycle.append(cycling.spent / cycles * 1e6)
-                per_decision.append(cycling.spent / cycling.decisions * 1e6)
+            per_cycle.append(cycling.spent / cycles * 1e6)
+            per_decision.append(cycling.spent / cycling.decisions * 1e6)
     except TimeoutError:
         return {**point, "cycle_us": None, "decision_us": None}
     return {**point, "cycle_us": statistics.median(per_cycle), "decision_us": statistics.median(per_decision)}

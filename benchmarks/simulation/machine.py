@@ -50,11 +50,12 @@ class Outcome:
     leases: int = 0
     messages: int = 0
     failed: int = 0
+    real_seconds: float = 0.0
 
     def add(self, other: Outcome) -> None:
         """Take in another node's outcome of the same run."""
         for name in ("gpus", "cores", "jobs", "gpu_seconds", "cpu_seconds", "copies", "copied", "leases", "messages",
-                     "failed"):  # fmt: skip
+                     "failed", "real_seconds"):  # fmt: skip
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.makespan = max(self.makespan, other.makespan)
         self.longest = max(self.longest, other.longest)

@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     from acb.broker.policies import Policy
 
 
+def wake_at(broker: Broker) -> float | None:
+    """When the broker wants its next tick; a core without timers never does."""
+    found: float | None = getattr(broker, "wake_at", None)
+    return found
+
+
 class Node:
     """A broker with its clients. `run()` goes on until every job is done; `hook` is called with each that ends."""
 
@@ -174,20 +180,20 @@ class Node:
 
     def _set_timer(self) -> None:
         """Have the broker ticked when it wants to be."""
-        wake_at = getattr(self.broker, "wake_at", None)  # the core has no timers yet
-        if wake_at is not None and (self._ticks_at is None or wake_at < self._ticks_at):
-            self._ticks_at = max(wake_at, self.now)
+        due = wake_at(self.broker)
+        if due is not None and (self._ticks_at is None or due < self._ticks_at):
+            self._ticks_at = max(due, self.now)
             self.at(self._ticks_at, self._tick, self._ticks_at)
 
     def _tick(self, due: float) -> None:
         if due != self._ticks_at:
             return  # another was set, for an earlier time
         self._ticks_at = None
-        wake_at = getattr(self.broker, "wake_at", None)
-        if wake_at is not None and wake_at <= self.now:
+        wanted = wake_at(self.broker)
+        if wanted is not None and wanted <= self.now:
             self._listen(self.broker.tick(self.now))  # type: ignore[attr-defined]
-            wake_at = getattr(self.broker, "wake_at", None)
-            if wake_at is not None and wake_at <= self.now:
+            wanted = wake_at(self.broker)
+            if wanted is not None and wanted <= self.now:
                 raise SimulationError(f"the broker's timer stands still at {self.now}")
         else:
             self._set_timer()

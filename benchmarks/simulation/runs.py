@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from acb.broker.policies import POLICIES
 from benchmarks import report
 from benchmarks.simulation.machine import Machine, Outcome
 from benchmarks.simulation.mixes import GiB, jobs
 from benchmarks.simulation.node import Node
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 GPUS_A_NODE = 8
 
@@ -41,28 +45,39 @@ class Run(NamedTuple):
     check: bool = False
 
 
-def run(what: Run, processes: int = 1) -> Outcome:
-    """Run it, the nodes spread over so many processes: they have nothing to do with each other."""
-    nodes = -(-what.gpus // GPUS_A_NODE)
-    one = partial(run_node, what)
-    outcome = Outcome()
-    if processes == 1 or nodes == 1:
-        for number in range(nodes):
-            outcome.add(one(number))
-        return outcome
+def spread(call: Callable[[_Item], _Result], items: Iterable[_Item], processes: int) -> list[_Result]:
+    """`call` of each item, by so many processes: none of them has to do with another."""
+    if processes == 1:
+        return [call(item) for item in items]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("forkserver")) as pool:
-        for part in pool.map(one, range(nodes)):
-            outcome.add(part)
-    return outcome
+        return list(pool.map(call, items))
 
 
-def run_node(what: Run, number: int) -> Outcome:
-    """The node of this number, from 0."""
+def run(what: Run) -> Outcome:
+    """Run it here."""
+    return run_all([what], processes=1)[0]
+
+
+def run_all(plan: Sequence[Run], processes: int) -> list[Outcome]:
+    """Run all of it, node by node."""
+    parts = [(index, what, number) for index, what in enumerate(plan) for number in range(-(-what.gpus // GPUS_A_NODE))]
+    outcomes = [Outcome() for _ in plan]
+    for (index, _, _), part in zip(parts, spread(_run_part, parts, processes), strict=True):
+        outcomes[index].add(part)
+    return outcomes
+
+
+def _run_part(part: tuple[int, Run, int]) -> Outcome:
+    """One node of a run."""
+    _, what, number = part
+    begin = time.perf_counter()
     nodes = -(-what.gpus // GPUS_A_NODE)
     gpus = what.gpus // nodes + (number < what.gpus % nodes)
     machine = Machine(gpus, what.memory, what.bandwidth, what.cores)
     mine = jobs(what.mix, range(number, what.clients, nodes), what.seed, what.length)
-    return Node(machine, POLICIES[what.policy](what.quantum), mine, what.check).run()
+    outcome = Node(machine, POLICIES[what.policy](what.quantum), mine, what.check).run()
+    outcome.real_seconds = time.perf_counter() - begin
+    return outcome
 
 
 def describe(what: Run, outcome: Outcome) -> dict[str, Any]:
@@ -84,6 +99,7 @@ def describe(what: Run, outcome: Outcome) -> dict[str, Any]:
         "leases": outcome.leases,
         "messages": outcome.messages,
         "failed": outcome.failed,
+        "real_s": outcome.real_seconds,
         "gpu_busy": outcome.gpu_seconds / gpu_time,
         **{f"gpu_{reason}": seconds / gpu_time for reason, seconds in outcome.lost.items()},
     }

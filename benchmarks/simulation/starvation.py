@@ -20,8 +20,8 @@ STREAM = 4
 HORIZON = 7200.0
 """Virtual seconds."""
 
-LIMIT = 600.0
-"""Seconds that a bounded wait may last, at most: an assumption of what a person would stand."""
+LIMIT = HORIZON / 8
+"""Seconds: a longer wait may be one without end."""
 
 FAVOURED = Job(
     "favoured", (Phase(GPU, 2.0), Phase(CPU, 0.5, marked=True)) * 3, GiB, GiB, hint=GiB, priority=10, weight=4.0
