@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 """The checkout: subprocesses of the benchmarks run with it first on their PYTHONPATH."""
 
 
-WIDTH = 160
+WIDTH = 180
 """Characters that a table before the closing one may take, however narrow the terminal."""
 
 

@@ -105,15 +105,16 @@ def _runs(options: argparse.Namespace) -> tuple[dict[str, Any], list[report.Row]
     outcomes = runs.run_all(plan, options.processes)
     found = [runs.describe(what, outcome) for what, outcome in zip(plan, outcomes, strict=True)]
     report.show(
-        "Runs (virtual time; waits until the GPU works for the client; idle: while somebody waits for that GPU)",
-        ("mix", "policy", "clients/GPUs", "makespan", "bound", "efficiency", "wait mean", "99 %", "copies", "TiB",
-         "GPU busy", "copying", "lingering", "idle"),
+        "Runs (virtual time; fullest GPU: the most work that one was given; wait: until the GPU works for the client; "
+        "copying, lingering, idle: while somebody waits for that GPU)",
+        ("mix", "policy", "clients/GPUs", "makespan", "fullest GPU", "bound", "efficiency", "wait mean",
+         "99 %", "copies", "TiB", "GPU busy", "copying", "lingering", "idle"),
         [
             (
                 f["mix"], f["policy"], f"{f['clients']}/{f['gpus']}",
-                f"{f['makespan_s']:.0f} s", f"{f['bound_s']:.0f} s", f"{f['efficiency']:.2f}",
-                f"{f['wait_mean_s']:.1f} s", f"{f['wait_p99_s']:.1f} s", f"{f['copies']}",
-                f"{f['copied_bytes'] / (1 << 40):.2f}",
+                f"{f['makespan_s']:.0f} s", f"{f['fullest_gpu_s']:.0f} s", f"{f['bound_s']:.0f} s",
+                f"{f['efficiency']:.2f}", f"{f['wait_mean_s']:.1f} s", f"{f['wait_p99_s']:.1f} s",
+                f"{f['copies']}", f"{f['copied_bytes'] / (1 << 40):.2f}",
                 *(f"{100 * f[key]:.1f} %" for key in ("gpu_busy", "gpu_copying", "gpu_lingering", "gpu_empty")),
             )
             for f in found
@@ -131,12 +132,13 @@ def _runs(options: argparse.Namespace) -> tuple[dict[str, Any], list[report.Row]
         )
     if not chosen:
         largest = found[-1]
+        placed = f"{largest['efficiency_as_placed']:.2f} of what the fullest GPU allows"
         effort = f"{largest['messages']} messages in {largest['real_s']:.0f} s of a core's time"
         rows.append(
             report.Row(
                 f"{largest['clients']} clients on {largest['gpus']} GPUs: bound over makespan, virtual time",
                 f"{largest['efficiency']:.2f}",
-                remark=f"{largest['policy']}; {effort}",
+                remark=f"{largest['policy']}; {placed}; {effort}",
             )
         )
     folds = {policy: _four_folds(policy, options) for policy in options.policy or every}

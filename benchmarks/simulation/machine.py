@@ -33,7 +33,8 @@ class Outcome:
 
     `waits`: by the jobs' kind, from each request to the moment when the GPU works for the client, restoring included.
     `lost`: GPU-seconds without computing on a GPU for which somebody waited, by the reason: "copying"; "lingering",
-    its holder pauses; "empty", it has no holder.
+    its holder pauses; "empty", it has no holder. `fullest`: seconds of GPU work that the busiest GPU has done; a
+    process cannot change its GPU, so with its choices made the broker cannot be done earlier.
     """
 
     makespan: float = 0.0
@@ -43,6 +44,7 @@ class Outcome:
     gpu_seconds: float = 0.0
     cpu_seconds: float = 0.0
     longest: float = 0.0
+    fullest: float = 0.0
     waits: dict[str, array[float]] = field(default_factory=dict)
     lost: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LOSSES, 0.0))
     copies: int = 0
@@ -59,6 +61,7 @@ class Outcome:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.makespan = max(self.makespan, other.makespan)
         self.longest = max(self.longest, other.longest)
+        self.fullest = max(self.fullest, other.fullest)
         for reason, seconds in other.lost.items():
             self.lost[reason] += seconds
         for kind, waits in other.waits.items():
@@ -83,6 +86,7 @@ class Card:
         self.capacity, self.slots, self.bandwidth = machine.capacity, machine.slots, machine.bandwidth
         self.holders = self.computing = self.copying = self.waiting = 0
         self.used = 0
+        self.computed = 0.0
         self.link_free = {"out": 0.0, "in": 0.0}
         self._lost = lost
         self._since = 0.0

@@ -86,6 +86,7 @@ class Node:
             self.now, _, call, argument = heapq.heappop(events)
             call(argument)
         self.outcome.makespan = self.now
+        self.outcome.fullest = max(card.computed for card in self.cards)
         if not self.outcome.failed and abs(self.computed - self.outcome.gpu_seconds) > 1e-6 * self.computed:
             raise SimulationError(f"{self.computed} s of GPU work were done, not {self.outcome.gpu_seconds}")
         return self.outcome
@@ -127,6 +128,7 @@ class Node:
             client.restoring = False
             client.lease = client.revoked = False
             client._claim(0)
+            card.computed += client.computed
         self.say(client, None)
 
     def settle(self, card: Card) -> None:

@@ -89,6 +89,8 @@ def describe(what: Run, outcome: Outcome) -> dict[str, Any]:
         **what._asdict(),
         "makespan_s": outcome.makespan,
         "bound_s": outcome.bound,
+        "fullest_gpu_s": outcome.fullest,
+        "efficiency_as_placed": max(outcome.bound, outcome.fullest) / outcome.makespan,
         "efficiency": outcome.efficiency,
         "wait_mean_s": everybody["mean"],
         "wait_p99_s": everybody["p99"],
