@@ -20,6 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 """The checkout: subprocesses of the benchmarks run with it first on their PYTHONPATH."""
 
 
+WIDTH = 180
+"""Characters that a table before the closing one may take, however narrow the terminal."""
+
+
 class Row(NamedTuple):
     """A line of the closing table: `target` is what was promised, in words; None: nothing was.
 
@@ -104,6 +108,20 @@ def publish(title: str, rows: Sequence[Row], figures: dict[str, Any], file: Path
         f"Python {here['python']}",
         soft_wrap=True,
     )
+
+
+def show(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Print a table that stands before the closing one."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    Console(highlight=False, width=max(WIDTH, shutil.get_terminal_size().columns)).print(table)
 
 
 @contextlib.contextmanager

@@ -55,3 +55,17 @@ def test_the_overheads_are_fractions_or_missing_by_name(tmp_path: Path) -> None:
         installed = importlib.util.find_spec(framework) is not None
         assert isinstance(found[name], float) if installed else found[name] is None
     assert "at most 1.5" in printed
+
+
+def test_the_simulation_runs_every_table(tmp_path: Path) -> None:
+    small = ["--clients", "12", "--gpus", "10", "--length", "0.02", "--sizes", "4,8"]
+    found, printed = figures(tmp_path, "benchmarks.simulate", "--mix", "mixed", "--policy", "fifo", *small)
+    assert found["decisions_per_s"] > 0
+    assert found["cost_growth"] > 0
+    [run] = found["runs"]
+    assert 0 < run["efficiency"] < 1 + 1e-9
+    assert (run["clients"], run["gpus"], run["failed"]) == (12, 10, 0)
+    assert {point["clients"] for point in found["cost"]} == {4, 8}
+    assert {line["pair"] for line in found["quantum"]} == {"half", "never"}
+    assert found["starvation"][0]["policy"] == "fifo"
+    assert "virtual time" in printed
