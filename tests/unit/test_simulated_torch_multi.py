@@ -16,6 +16,7 @@ torch: Any = pytest.importorskip("torch")
 from acb.config import SimulatedSpec  # noqa: E402
 from acb.devices.simulated import Card, create_cards  # noqa: E402
 from acb.hooks.torch import simulated  # noqa: E402
+from acb.hooks.torch.evacuator import TorchEvacuator  # noqa: E402
 
 MIB = 1 << 20
 nn: Any = torch.nn
@@ -337,3 +338,33 @@ def test_saved_tensors_come_back_where_they_are_mapped(cards: list[Card]) -> Non
     assert devices(map_location="cuda:1") == [1, 1]
     assert devices(map_location={"cuda:1": "cuda:0"}) == [0, 0]
     assert devices(map_location="cpu") == [-1, -1]
+
+
+def test_evacuated_memory_comes_back_to_its_own_gpu(cards: list[Card]) -> None:
+    evacuator = TorchEvacuator()
+    assert (evacuator.resident(), evacuator.peak(), evacuator.evacuate(), evacuator.restore()) == (0, 0, 0, 0)
+    tensors = [torch.rand(size, device=f"cuda:{index}") for size, index in [(1000, 0), (500, 1), (2000, 1), (100, 0)]]
+    view = tensors[2][5:]
+    values = [tensor.tolist() for tensor in tensors]
+    assert [card.held() for card in cards] == [4400, 10000]
+    assert evacuator.resident() == evacuator.peak() == 10000
+    assert evacuator.evacuate() == 10000
+    assert [card.held() for card in cards] == [0, 0]
+    assert evacuator.resident() == 0
+    with pytest.raises(RuntimeError, match="has been evacuated"):
+        view.sum()
+    filler = torch.empty(48 * MIB - 3000, dtype=torch.uint8, device="cuda:1")
+    with pytest.raises(MemoryError, match="GPU 1 has a total capacity"):
+        evacuator.restore()
+    assert torch.cuda.memory_allocated(1) == filler.numel() + 2000
+    del filler
+    evacuator.restore()
+    assert [card.held() for card in cards] == [4400, 10000]
+    assert [tensor.get_device() for tensor in tensors] == [0, 1, 1, 0]
+    assert [tensor.tolist() for tensor in tensors] == values
+    assert view.tolist() == values[2][5:]
+    evacuator.reset_peak()
+    assert evacuator.peak() == 10000
+    del tensors[2], view
+    assert evacuator.resident() == 4400
+    assert evacuator.evacuate() == evacuator.restore() == 4400

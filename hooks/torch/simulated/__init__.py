@@ -7,6 +7,7 @@ storages, factories, torch.cuda, and a few choices by device.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -53,6 +54,7 @@ def install(
     from acb.hooks.torch import patching
     from acb.hooks.torch.simulated import choices, cuda, dispatch, factories, storages, streams, tensors
 
+    atexit.register(_before_the_end)
     provider, describe = card_provider or client, description or client
     _state = state = _State(lambda: _cards_of(provider()), lambda: _cards_of(describe()))
     steps = [step for module in (cuda, streams, tensors, storages, factories, choices) for step in module.STEPS]
@@ -133,6 +135,13 @@ def _release_thread() -> None:
     from acb.hooks.torch.simulated import dispatch
 
     dispatch.release_thread()
+
+
+def _before_the_end() -> None:
+    if _state is not None:
+        from acb.hooks.torch.simulated import collectives
+
+        collectives.let_go()
 
 
 def _after_fork() -> None:
