@@ -87,25 +87,27 @@ class Ledger:
         born: list[Any] = []
         try:
             for index, nbytes in sizes.items():
-                self._allocate(index, nbytes)
-                held[index] = nbytes
+                if nbytes:
+                    self._allocate(index, nbytes)
+                    held[index] = nbytes
             yield born
         finally:
             self._settle(held, self._enter_all(born))
 
-    def _settle(self, held: Sizes, taken: Sizes) -> None:
-        for index in {**held, **taken}:
-            more = taken.get(index, 0) - held.get(index, 0)
+    def _settle(self, held: dict[int, int], taken: Sizes) -> None:
+        """Charge what is taken instead of what is held, which is used up."""
+        for index, nbytes in taken.items():
+            more = nbytes - held.pop(index, 0)
             if more < 0:
                 self.cards[index].free(-more)
-            else:
+            elif more:
                 self._allocate(index, more)
+        for index, nbytes in held.items():
+            self.cards[index].free(nbytes)
 
     def _allocate(self, index: int, nbytes: int) -> None:
         from acb.devices.simulated import CardOutOfMemory
 
-        if not nbytes:
-            return
         card = self.cards[index]
         try:
             card.allocate(nbytes)
@@ -119,8 +121,10 @@ class Ledger:
                     f"RESOURCE_EXHAUSTED: Out of memory while trying to allocate {nbytes} bytes. ({where})"
                 ) from error
 
-    def _enter_all(self, arrays: Iterable[Any]) -> Sizes:
+    def _enter_all(self, arrays: list[Any]) -> Sizes:
         """enter() for each, and the bytes of all."""
+        if len(arrays) == 1:
+            return self.enter(arrays[0])
         total: dict[int, int] = {}
         for array in arrays:
             for index, nbytes in self.enter(array).items():
@@ -140,7 +144,7 @@ class Ledger:
             nbytes = self._size(shard)
             if not nbytes:
                 continue
-            key = index, self._pointer(shard)
+            key = (index, self._pointer(shard))
             charge = self._charges.get(key)
             if charge is None or charge.nbytes != nbytes or not charge.token:
                 charge = self._charges[key] = _Charge(key, nbytes)
@@ -157,7 +161,9 @@ class Ledger:
 
     def alias(self, array: Any) -> Any:
         """Another array object for what is there already. Returns it."""
-        self._settle({}, self.enter(array))
+        new = self.enter(array)
+        if new:
+            self._settle({}, new)
         return array
 
     def arrays(self, values: Iterable[Any]) -> list[Any]:
@@ -171,8 +177,14 @@ class Ledger:
         if self._is_deleted(array) or not on_simulated(array) or not in_device_memory(array):
             return []
         shards = self._shards(array)
-        found = ((simulated_index(shard._sharding._internal_device_list[0]), shard) for shard in shards)
-        return [(index, shard) for index, shard in found if index is not None]
+        if len(shards) == 1:
+            return [(simulated_index(array._sharding._internal_device_list[0]) or 0, shards[0])]
+        found = []
+        for shard in shards:
+            index = simulated_index(shard._sharding._internal_device_list[0])
+            if index is not None:
+                found.append((index, shard))
+        return found
 
     def places(self, array: Any) -> list[tuple[int | None, int]]:
         """(index of the GPU, or None for the host; bytes) of each single-device part of an array, wherever it is."""
@@ -221,7 +233,7 @@ class Ledger:
         for charge in list(self._charges.values()):
             if charge.key not in there:
                 self._free(charge)
-        for index, nbytes in self._enter_all(array for array in live if id(array) not in self._arrays).items():
+        for index, nbytes in self._enter_all([array for array in live if id(array) not in self._arrays]).items():
             self.cards[index].allocate(nbytes)
 
 

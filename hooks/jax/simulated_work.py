@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -68,10 +68,9 @@ def patches(ledger: Ledger) -> list[Callable[[Internals], None]]:
                 to_card = any(map(is_simulated_device, devices))
                 if not to_card and not any(map(on_simulated, xs)):
                     return original(aval, sharding, xs, devices, *rest, **named)
-                moves = [
-                    (_place(x), simulated_index(device), _bytes(x)) for x, device in zip(xs, devices, strict=False)
-                ]
-                with _operation(ledger, "jax transfer", _touched(moves)), ledger.room(_arriving(moves)) as born:
+                moves = [(_place(x), simulated_index(d), _bytes(x)) for x, d in zip(xs, devices, strict=False)]
+                touched, arriving = _summary(moves)
+                with _operation(ledger, "jax transfer", touched), ledger.room(arriving) as born:
                     _cross(ledger, moves)
                     result = original(
                         aval, sharding, _unshared(xs) if to_card and not thread.moves else xs, devices, *rest, **named
@@ -102,7 +101,8 @@ def patches(ledger: Ledger) -> list[Callable[[Internals], None]]:
                         for result in results:
                             ledger.alias(result)
                     return results
-                with _operation(ledger, "jax transfer", _touched(moves)), ledger.room(_arriving(moves)) as born:
+                touched, arriving = _summary(moves)
+                with _operation(ledger, "jax transfer", touched), ledger.room(arriving) as born:
                     _cross(ledger, moves)
                     results = original(arrays, devices, shardings, *rest, **named)
                     for result in results:
@@ -158,12 +158,14 @@ def patches(ledger: Ledger) -> list[Callable[[Internals], None]]:
     return [computations, transfers, copies, reads, births, result_handlers, reordering, deletion, imports]
 
 
-def _operation(ledger: Ledger, name: str, indices: Iterable[int]) -> AbstractContextManager[None]:
+def _operation(ledger: Ledger, name: str, indices: Collection[int]) -> AbstractContextManager[None]:
     """The referees' view of one operation on some GPUs; acb's own moving of memory is not the program's work."""
     if thread.moves:
         return contextlib.nullcontext()
-    operations = [ledger.cards[index].operation(name) for index in indices]
-    return operations[0] if len(operations) == 1 else _together(operations)
+    if len(indices) == 1:
+        [index] = indices
+        return ledger.cards[index].operation(name)
+    return _together([ledger.cards[index].operation(name) for index in indices])
 
 
 @contextlib.contextmanager
@@ -216,6 +218,8 @@ def _place(value: Any) -> int | None:
 
 def _moves(ledger: Ledger, array: Any, devices: list[Any]) -> list[_Move]:
     """What it takes to have each part of an array on its own of `devices`."""
+    if len(devices) == 1 and array._sharding._internal_device_list[0] is devices[0]:
+        return []  # mostly, and quicker than looking at its parts
     if not on_simulated(array) and not any(map(is_simulated_device, devices)):
         return []
     return [
@@ -224,18 +228,17 @@ def _moves(ledger: Ledger, array: Any, devices: list[Any]) -> list[_Move]:
     ]
 
 
-def _touched(moves: list[_Move]) -> list[int]:
-    """The GPUs that take part."""
-    return sorted({index for source, target, _ in moves for index in (source, target) if index is not None})
-
-
-def _arriving(moves: list[_Move]) -> Sizes:
-    """Bytes that each GPU gets."""
-    sizes: dict[int, int] = {}
-    for _, target, nbytes in moves:
+def _summary(moves: list[_Move]) -> tuple[set[int], Sizes]:
+    """The GPUs that take part, and the bytes that each of them gets."""
+    touched: set[int] = set()
+    arriving: dict[int, int] = {}
+    for source, target, nbytes in moves:
+        if source is not None:
+            touched.add(source)
         if target is not None:
-            sizes[target] = sizes.get(target, 0) + nbytes
-    return sizes
+            touched.add(target)
+            arriving[target] = arriving.get(target, 0) + nbytes
+    return touched, arriving
 
 
 def _cross(ledger: Ledger, moves: list[_Move]) -> None:

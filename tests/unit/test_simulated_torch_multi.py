@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import gc
 import io
+import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -368,3 +372,37 @@ def test_evacuated_memory_comes_back_to_its_own_gpu(cards: list[Card]) -> None:
     del tensors[2], view
     assert evacuator.resident() == 4400
     assert evacuator.evacuate() == evacuator.restore() == 4400
+
+
+BOUND = """
+import json
+import torch
+from acb.client import runtime
+from acb.hooks import torch as hook
+client = runtime.client()
+client.gate._ask = client.gate._idle = lambda: None
+hook.install(torch)
+before = [torch.cuda.device_count(), [torch.cuda.mem_get_info(i)[1] for i in range(2)]]
+client.agent.gpus = (2, 0)  # as a lease does
+client.gate.open()
+x = torch.ones(10, device="cuda:1")
+print(json.dumps([before, torch.cuda.device_count(), [torch.cuda.mem_get_info(i)[1] for i in range(2)]]))
+"""
+
+
+def test_a_lease_says_which_cards_the_gpus_are(tmp_path: Path) -> None:
+    create_cards(tmp_path, SimulatedSpec((MIB, 2 * MIB, 3 * MIB)))
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("ACB_")}
+    environ |= {"ACB_SIMULATED": str(tmp_path), "ACB_GPUS": "2"}
+    done = subprocess.run([sys.executable, "-c", BOUND], env=environ, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[2, [MIB, 2 * MIB]], 2, [3 * MIB, MIB]]
+
+
+def test_without_a_broker_a_program_sees_no_more_gpus_than_there_are(tmp_path: Path) -> None:
+    create_cards(tmp_path, SimulatedSpec((MIB, 2 * MIB)))
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("ACB_")}
+    environ |= {"ACB_SIMULATED": str(tmp_path), "ACB_GPUS": "4", "ACB_BROKER": "off"}
+    program = "import torch\nfrom acb.hooks.torch import install\ninstall(torch)\nprint(torch.cuda.device_count())"
+    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "2\n", done.stderr
