@@ -74,12 +74,18 @@ def index_of(device: Any) -> int:
 
 
 def device_of(value: Any) -> Any:
-    """A device from how a program may write it: a device, a name, an ordinal of a GPU. A GPU's has its index."""
+    """A device from how a program may write it: a device, a name, an ordinal of a GPU. A GPU's has its index, and the
+    host's is CPU.
+    """
+    if value is CPU:
+        return CPU
     if isinstance(value, int) and not isinstance(value, bool):
         check_ordinal(value)
         return CUDA[value]  # made long ago: making one counts as using a GPU
     device = value if isinstance(value, torch.device) else torch.device(value)
-    return CUDA[index_of(device)] if device.type == "cuda" else device
+    if device.type == "cuda":
+        return CUDA[index_of(device)]
+    return CPU if device.type == "cpu" else device
 
 
 def ordinal(device: Any) -> int:

@@ -16,13 +16,14 @@ def _transfer(source: Gpu | None, target: Gpu | None, func: Any, operation: Oper
     """Run a copy between two places, of which None is the host, as an operation of both that crosses the bus."""
     gpu = source or target
     assert gpu is not None
-    if source is None or target is None or source is target:
+    if source is target:
+        return run(gpu, func, operation, args, kwargs)
+    if source is None or target is None:
         out = run(gpu, func, operation, args, kwargs)
     else:
         with target.card.operation(operation.name):
             out = run(source, func, operation, args, kwargs)
-    if source is not target:
-        gpu.card.copied(out.numel() * out.element_size())
+    gpu.card.copied(out.numel() * out.element_size())
     return out
 
 

@@ -68,7 +68,7 @@ class _Move(torch.autograd.Function):  # type: ignore[misc]
 
 def _copy(tensor: Any, target: Any, memory_format: Any) -> Any:
     kwargs = {"memory_format": memory_format} if memory_format is not None else {}
-    if target.type == "cuda":
+    if target is not CPU and target.type == "cuda":
         return torch.ops.aten._to_copy.default(tensor, device=target, **kwargs)
     return torch.ops.aten._to_copy.default(tensor, device=CPU, pin_memory=False, **kwargs)
 
@@ -88,7 +88,7 @@ def patch_moves(patches: Patches, ledger: Ledger) -> None:
     def transfer(tensor: Any, source: Any, target: Any, dtype: Any, memory_format: Any) -> Any:
         """To another device, and to another dtype, which the host's side of the copy sees to."""
         dispatch.enter(ledger)
-        if target.type == "cuda" and dtype is not None and dtype is not tensor.dtype:
+        if target is not CPU and dtype is not None and dtype is not tensor.dtype:
             return move(original(tensor, dtype), source, target, memory_format)
         moved = move(tensor, source, target, memory_format)
         return moved if dtype is None else original(moved, dtype)
@@ -114,18 +114,18 @@ def patch_moves(patches: Patches, ledger: Ledger) -> None:
         # Left in `rest` and `kwargs`: non_blocking, copy, memory_format.
         if device is not None:
             device = device_of(device)
-            if device.type not in ("cpu", "cuda"):
+            if device is not CPU and device.type != "cuda":
                 return original(self, device, dtype or self.dtype, *rest, **kwargs)
             here = self.device
-            if here.type == "meta":
-                if device.type == "cuda":
+            if here != device:
+                if here.type != "meta":
+                    return transfer(self, here, device, dtype, kwargs.get("memory_format"))
+                if device is not CPU:
                     raise NotImplementedError(
                         "Cannot copy out of meta tensor; no data! Please use torch.nn.Module.to_empty() instead of "
                         "torch.nn.Module.to() when moving module from meta to a different device."
                     )
                 return original(self, device, dtype or self.dtype, *rest, **kwargs)
-            if here != device and not here.type == device.type == "cpu":
-                return transfer(self, here, device, dtype, kwargs.get("memory_format"))
         return original(self, dtype or self.dtype, *rest, **kwargs)
 
     @functools.wraps(_Base.cuda)
