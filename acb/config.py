@@ -5,9 +5,11 @@ Standard library only and light to import: this module also runs inside the user
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ ASSUMED_BANDWIDTH = 8 << 30
 MAX_GPUS = 64
 """In one pool."""
 
+_NAME_MAX = 100  # of a description of simulated GPUs inside a file's name
 _SUN_PATH_MAX = 107  # bytes of a Unix socket's path that Linux accepts, less the closing NUL
 _UNITS = {"": 1, "B": 1, **{f"{p}iB": 1 << 10 * (i + 1) for i, p in enumerate("KMGT")}}
 _UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")} | {
@@ -42,22 +45,34 @@ class ConfigError(Exception):
 class SimulatedSpec(NamedTuple):
     """What ``--simulate-gpus`` asks for.
 
-    `capacity` is in bytes a GPU, `bandwidth` in bytes a second between host and GPU (None: not limited), `speed` is the
-    fraction of the CPU's own speed at which GPU work appears to run (None: as fast as the CPU).
+    `capacities` are in bytes, one a GPU in the order of their ordinals, `bandwidth` in bytes a second between host and
+    GPU (None: not limited), `speed` is the fraction of the CPU's own speed at which GPU work appears to run (None: as
+    fast as the CPU).
     """
 
-    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody misses
-    capacity: int
+    capacities: tuple[int, ...]
     bandwidth: int | None = None
     speed: float | None = None
 
     def __str__(self) -> str:
-        text = f"{self.count}x{format_size(self.capacity, exact=True)}"
+        text = "+".join(f"{count}x{format_size(size, exact=True)}" for count, size in _runs(self.capacities))
         if self.bandwidth is not None:
             text += f",bandwidth={format_size(self.bandwidth, exact=True)}"
         if self.speed is not None:
             text += f",speed={self.speed!r}"
         return text
+
+
+def _runs(sizes: Iterable[int]) -> list[tuple[int, int]]:
+    """(count, size) of every stretch of equal sizes."""
+    return [(len(list(run)), size) for size, run in itertools.groupby(sizes)]
+
+
+def describe_simulated(capacities: Iterable[int]) -> str:
+    """Simulated GPUs as a person writes them: ``2 simulated GPUs of 16GiB and 1 of 8GiB``."""
+    words = [f"{count} of {format_size(size)}" for count, size in _runs(capacities)]
+    words[0] = words[0].replace(" of ", " simulated GPU of " if words[0].startswith("1 ") else " simulated GPUs of ", 1)
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def parse_size(text: str) -> int:
@@ -101,17 +116,23 @@ def parse_weight(text: str) -> float:
 
 
 def parse_simulated(text: str) -> SimulatedSpec:
-    """Read ``NxSIZE[,bandwidth=SIZE][,speed=FRACTION]``, as in ``1x2GiB`` or ``4x16GiB,bandwidth=20GiB,speed=0.5``.
+    """Read ``NxSIZE[+NxSIZE…][,bandwidth=SIZE][,speed=FRACTION]``, as in ``1x2GiB`` or ``2x16GiB+1x8GiB,speed=0.5``.
 
     Raises ConfigError when it is anything else.
     """
     head, *options = text.split(",")
-    match = re.fullmatch(r"\s*([0-9]{1,9})\s*[xX]\s*(.+)", head)
-    if match is None or not 0 < int(match[1]) <= MAX_GPUS:
-        raise ConfigError(
-            f"{text!r} does not describe simulated GPUs; write a count (1 to {MAX_GPUS}) and a size, such as 1x2GiB"
-        )
-    spec = SimulatedSpec(int(match[1]), parse_size(match[2]))
+    capacities: list[int] = []
+    for part in head.split("+"):
+        match = re.fullmatch(r"\s*([0-9]{1,9})\s*[xX]\s*(.+)", part)
+        if match is None or not 0 < int(match[1]) <= MAX_GPUS:
+            raise ConfigError(
+                f"{text!r} does not describe simulated GPUs; write a count (1 to {MAX_GPUS}) and a size, such as "
+                f"1x2GiB, and further ones after a +"
+            )
+        capacities += [parse_size(match[2])] * int(match[1])
+    if len(capacities) > MAX_GPUS:
+        raise ConfigError(f"{text!r} are {len(capacities)} simulated GPUs; there can be {MAX_GPUS} at most")
+    spec = SimulatedSpec(tuple(capacities))
     for option in options:
         name, _, value = option.partition("=")
         if name.strip() == "bandwidth":
@@ -220,4 +241,9 @@ def programs_path() -> Path | None:
 
 def simulated_dir(spec: SimulatedSpec) -> Path:
     """The directory of the simulated GPUs that all programs started with the same `spec` share, within one job."""
-    return runtime_dir() / ("simulated-" + re.sub(r"[^A-Za-z0-9.]+", "-", str(spec)) + job_suffix())
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", str(spec))
+    if len(name) > _NAME_MAX:
+        import hashlib
+
+        name = name[:_NAME_MAX] + "-" + hashlib.sha256(str(spec).encode()).hexdigest()[:16]
+    return runtime_dir() / ("simulated-" + name + job_suffix())

@@ -4,7 +4,7 @@ Run COMMAND so that its GPU work goes through the AI computing broker. It needs 
 input and output are its own. A broker is started when none runs.
 
   --broker auto|require|off   start a broker if none runs (auto, the default), insist on a running one, or use none
-  --simulate-gpus NxSIZE      on a machine without a GPU: N simulated ones of SIZE bytes each, such as 1x2GiB
+  --simulate-gpus NxSIZE      on a machine without a GPU: N simulated ones of SIZE each, as in 1x2GiB or 2x16GiB+1x8GiB
   --gpu-memory SIZE           how much GPU memory COMMAND will need at most, as a hint to the broker
   --gpus K                    let COMMAND see K GPUs, which it gets all at once (torchrun's workers need no option)
   --priority N                -100 to 100: with the scheduler `priority`, who comes first (default 0)

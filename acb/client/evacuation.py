@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
 from typing import Protocol
 
 
 class EvacuationError(Exception):
     """Memory could not be moved off the GPU; nothing has changed, everything is still resident. Says why.
 
-    `moved`: bytes that are in host memory all the same, because they could not be brought back; 0 but for evacuate_all.
+    `moved`: bytes that are in host memory all the same, because they could not be brought back, of the GPU that had
+    most of them; 0 but for evacuate_all.
     """
 
     moved = 0
@@ -17,6 +19,9 @@ class EvacuationError(Exception):
 class Evacuator(Protocol):
     """Moves one framework's memory. All methods are called by one thread at a time, at a safe point: no thread of the
     program is in a region, and none can enter one until the agent opens the gate again.
+
+    A program with several GPUs gets them all at once and gives all up at once, each with the same headroom. So bytes
+    are always those on the fullest of its GPUs: what each of them needs room for at most.
     """
 
     name: str
@@ -25,32 +30,43 @@ class Evacuator(Protocol):
         """Block until the device work that this framework has queued is done."""
 
     def resident(self) -> int:
-        """Bytes that this framework holds on the GPU now."""
+        """Bytes that this framework holds on the fullest GPU now."""
 
     def peak(self) -> int:
-        """The most bytes that this framework has held on the GPU at once since reset_peak()."""
+        """The most bytes that this framework has held on any one GPU at once since reset_peak()."""
 
     def reset_peak(self) -> None:
         """Forget the peak."""
 
     def evacuate(self) -> int:
-        """Copy everything to host memory and free it on the GPU, every alias surviving. Returns the bytes moved.
+        """Copy everything to host memory and free it on the GPUs, every alias surviving. Returns the bytes moved, of
+        the GPU that had most of them.
 
         All or nothing: raises EvacuationError with everything as it was.
         """
 
     def restore(self) -> int:
-        """Bring back what evacuate() moved, bit for bit. Returns the bytes moved. Nothing evacuated: does nothing.
+        """Bring back what evacuate() moved, bit for bit, each array to its own GPU. Returns the bytes moved, of the GPU
+        that got most of them. Nothing evacuated: does nothing.
 
-        Raises MemoryError when the GPU has no room; what could not come back stays safe in host memory and a later
+        Raises MemoryError when a GPU has no room; what could not come back stays safe in host memory and a later
         call tries again.
         """
 
 
-def evacuate_all(evacuators: list[Evacuator]) -> int:
-    """Evacuate every framework, or none: what was moved comes back when a later one refuses. Returns bytes moved.
+def fullest(pieces: Iterable[tuple[Hashable, int]]) -> int:
+    """The most bytes on one device, from (device, bytes) of every piece of memory; 0 when there are none."""
+    totals: dict[Hashable, int] = {}
+    for device, nbytes in pieces:
+        totals[device] = totals.get(device, 0) + nbytes
+    return max(totals.values(), default=0)
 
-    Raises EvacuationError when one refuses, or fails in any other way.
+
+def evacuate_all(evacuators: list[Evacuator]) -> int:
+    """Evacuate every framework, or none: what was moved comes back when a later one refuses.
+
+    Returns the bytes moved, of which one GPU had all at most: frameworks need not be fullest on the same one. Raises
+    EvacuationError when one refuses, or fails in any other way.
     """
     done: list[tuple[Evacuator, int]] = []
     for evacuator in list(evacuators):

@@ -36,13 +36,13 @@ def create_cards(directory: Path, spec: SimulatedSpec) -> list[Path]:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise CardError(f"cannot make the directory of simulated GPUs {directory}: {error.strerror or error}") from None
-    paths = [directory / f"gpu{ordinal}.card" for ordinal in range(spec.count)]
-    for ordinal, path in enumerate(paths):
-        if path.exists() and not _matches(path, spec):
+    paths = [directory / f"gpu{ordinal}.card" for ordinal in range(len(spec.capacities))]
+    for ordinal, (path, capacity) in enumerate(zip(paths, spec.capacities, strict=True)):
+        if path.exists() and not _matches(path, capacity, spec):
             path.unlink(missing_ok=True)
         if not path.exists():
-            layout.write_card(path, ordinal, spec.capacity, spec.bandwidth or 0, spec.speed or 0.0)
-    for path in card_paths(directory)[spec.count :]:
+            layout.write_card(path, ordinal, capacity, spec.bandwidth or 0, spec.speed or 0.0)
+    for path in card_paths(directory)[len(paths) :]:
         if not _in_use(path):
             path.unlink(missing_ok=True)
     return paths
@@ -54,10 +54,10 @@ def card_paths(directory: Path) -> list[Path]:
     return [path for _, path in sorted((int(number), path) for number, path in found if number.isdigit())]
 
 
-def _matches(path: Path, spec: SimulatedSpec) -> bool:
-    """Whether an existing card has the values of `spec`; raises CardError when it has not and is in use."""
+def _matches(path: Path, capacity: int, spec: SimulatedSpec) -> bool:
+    """Whether an existing card has this capacity and the values of `spec`; raises CardError when not and in use."""
     with Card.open(path) as card:
-        if (card.capacity, card.bandwidth, card.speed) == (spec.capacity, spec.bandwidth, spec.speed):
+        if (card.capacity, card.bandwidth, card.speed) == (capacity, spec.bandwidth, spec.speed):
             return True
         users = card.processes()
     if users:
@@ -88,7 +88,6 @@ class Card:
         self.bandwidth: int | None = words[layout.BANDWIDTH] or None
         self.speed: float | None = struct.unpack_from("=d", self._file.raw, layout.SPEED * 8)[0] or None
         self.ordinal: int = words[layout.ORDINAL]
-        self._per_thread = threading.local()
         self._debt = 0.0  # seconds of waiting for the bus not done yet
         self._forget()
         _cards.add(self)
@@ -355,6 +354,14 @@ class _Locked:
             card._settle()
 
 
+class _OnThread(threading.local):
+    timed = False
+    """Whether an operation is running that `speed` stretches: one inside it, on whichever card, takes no extra time."""
+
+
+_on_thread = _OnThread()
+
+
 class _Operation:
     """One operation on a card, as a context manager."""
 
@@ -368,8 +375,8 @@ class _Operation:
         card = self._card
         card._begin(self._name)
         if card.speed is not None:
-            self._outermost = not getattr(card._per_thread, "timed", False)
-            card._per_thread.timed = True
+            self._outermost = not _on_thread.timed
+            _on_thread.timed = True
             self._started = time.perf_counter()
 
     def __exit__(
@@ -378,7 +385,7 @@ class _Operation:
         card = self._card
         try:
             if card.speed is not None and self._outermost:
-                card._per_thread.timed = False
+                _on_thread.timed = False
                 _wait((time.perf_counter() - self._started) * (1 / card.speed - 1))
         finally:
             card._end()

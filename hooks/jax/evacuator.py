@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from acb.client import hostmemory
-from acb.client.evacuation import EvacuationError
+from acb.client.evacuation import EvacuationError, fullest
 from acb.hooks.jax.internals import GATED, Internals, in_device_memory, like, moving, on_gated, repoint
 from acb.hooks.jax.ledger import Ledger
 from acb.hooks.jax.pool import check_pool, trim_pool
@@ -30,6 +30,11 @@ class _Buffer:
         self.aval, self.sharding, self.device, self.nbytes = shard.aval, shard._sharding, device, nbytes
         self.host: Any = None
         self.array: Any = None
+
+
+def _fullest(buffers: list[_Buffer]) -> int:
+    """Bytes of these buffers on the GPU that has most of them."""
+    return fullest((id(buffer.device), buffer.nbytes) for buffer in buffers)
 
 
 class _Evacuated(NamedTuple):
@@ -81,32 +86,33 @@ class JaxEvacuator:
     def resident(self) -> int:
         """See Evacuator.resident."""
         if self._ledger is not None:
-            self._ledger.card.held()  # returns when what was freed is free for others: nobody is granted before
-            return self._ledger.total()
+            return self._ledger.resident()  # what was freed is free for others: nobody is granted before
         with moving():
-            total = 0
+            most = 0
             for device in self._devices():
                 stats = _memory_stats(device)
                 # What the allocator keeps is out of reach for others, in use or not.
-                total += max(stats.get("bytes_in_use", 0), stats.get("pool_bytes", 0))
-            if not total:
-                total = sum(self._plan(self._live(), strict=False)[1].values())
-            self._known_peak = max(self._known_peak, total)
-            return total
+                most = max(most, stats.get("bytes_in_use", 0), stats.get("pool_bytes", 0))
+            if not most:
+                most = _fullest(self._plan(self._live(), strict=False)[1])
+            self._known_peak = max(self._known_peak, most)
+            return most
 
     def peak(self) -> int:
         """See Evacuator.peak; as jax's allocator counts from the start of the process, it may be an earlier one."""
         if self._ledger is not None:
-            return self._ledger.card.peak()
+            return max(card.peak() for card in self._ledger.cards)
         with moving():
-            lifetime = sum(_memory_stats(device).get("peak_bytes_in_use", 0) for device in self._devices())
+            peaks = (_memory_stats(device).get("peak_bytes_in_use", 0) for device in self._devices())
+            lifetime = max(peaks, default=0)
         return max(lifetime, self._known_peak, self.resident())
 
     def reset_peak(self) -> None:
         """See Evacuator.reset_peak."""
         self._known_peak = 0
         if self._ledger is not None:
-            self._ledger.card.reset_peak()
+            for card in self._ledger.cards:
+                card.reset_peak()
 
     def _devices(self) -> Iterator[Any]:
         for backend in self._internals.backends():
@@ -131,11 +137,12 @@ class JaxEvacuator:
             for device in self._devices():
                 check_pool(device)
             arrays = self._live()
-            plans, sizes = self._plan(arrays, strict=True)
-            moved = sum(sizes.values())
+            plans, buffers = self._plan(arrays, strict=True)
             if not plans:
                 return 0
-            hostmemory.require(moved)
+            moved = _fullest(buffers)
+            hostmemory.require(sum(buffer.nbytes for buffer in buffers))
+            del buffers
             self._copy_out(plans)
             try:
                 for plan in plans:
@@ -152,8 +159,8 @@ class JaxEvacuator:
                 self._ledger.audit()  # arrays that are just being dropped have freed their buffers, but not said so yet
             return moved
 
-    def _plan(self, arrays: list[Any], *, strict: bool) -> tuple[list[_Evacuated], dict[Any, int]]:
-        """What is to be done for each array, and the bytes of each buffer.
+    def _plan(self, arrays: list[Any], *, strict: bool) -> tuple[list[_Evacuated], list[_Buffer]]:
+        """What is to be done for each array, and each buffer once.
 
         With `strict`, raises EvacuationError for an array that cannot be moved; else such arrays are only counted.
         """
@@ -178,7 +185,7 @@ class JaxEvacuator:
                 own.append(buffers[key])
             if strict:
                 plans.append(self._describe(array, own))
-        return plans, {key: buffer.nbytes for key, buffer in buffers.items()}
+        return plans, list(buffers.values())
 
     def _describe(self, array: Any, buffers: list[_Buffer]) -> _Evacuated:
         identity = id(array)
@@ -218,7 +225,7 @@ class JaxEvacuator:
 
     def restore(self) -> int:
         """See Evacuator.restore."""
-        moved = 0
+        moved: list[_Buffer] = []
         restored = []
         try:
             with moving(), self._lock, self._internals.config.enable_x64(True):
@@ -229,7 +236,7 @@ class JaxEvacuator:
                     for buffer in entry.buffers:
                         if buffer.array is None:
                             buffer.array = self._put(buffer)
-                            moved += buffer.nbytes
+                            moved.append(buffer)
                     repoint(array, self._assemble(entry))
                     self._evacuated.pop(identity, None)
                     restored.append(array)
@@ -239,7 +246,7 @@ class JaxEvacuator:
             if out_of_memory(error):
                 raise MemoryError(str(error)) from error
             raise
-        return moved
+        return _fullest(moved)
 
     def _put(self, buffer: _Buffer) -> Any:
         return self._internals.xla_client.batched_device_put(

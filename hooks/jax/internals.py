@@ -89,13 +89,13 @@ class moving(passing):
 
 
 _simulated_clients: list[Any] = []
-_simulated_devices: dict[int, Any] = {}
+_simulated_devices: dict[int, tuple[Any, int]] = {}
 
 
 def add_simulated(client: Any) -> None:
     """This backend's devices are simulated GPUs."""
     _simulated_clients.append(client)
-    _simulated_devices.update((id(device), device) for device in client.devices())
+    _simulated_devices.update((id(device), (device, index)) for index, device in enumerate(client.devices()))
 
 
 def is_simulated(client: Any) -> bool:
@@ -106,6 +106,12 @@ def is_simulated(client: Any) -> bool:
 def is_simulated_device(device: Any) -> bool:
     """Whether a device is a simulated GPU."""
     return id(device) in _simulated_devices
+
+
+def simulated_index(device: Any) -> int | None:
+    """Which of the simulated GPUs a device is, from 0; None: no such one."""
+    known = _simulated_devices.get(id(device))
+    return None if known is None else known[1]
 
 
 def on_simulated(value: Any) -> bool:

@@ -1,31 +1,36 @@
-"""What jax's arrays occupy on the simulated card: each buffer is charged once, from its birth to its last array's end.
+"""What jax's arrays occupy on the simulated cards: each buffer is charged once, from its birth to its last array's end.
 
-A buffer is known by its address. Arrays that share one (shards, views of another type) are its owners. What this
-overlooks, because an array came into being inside C++ only, audit() puts right by looking at all live arrays.
+A buffer is known by its GPU and its address. Arrays that share one (shards, views of another type) are its owners. What
+this overlooks, because an array came into being inside C++ only, audit() puts right by looking at all live arrays.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from acb.client import runtime
-from acb.hooks.jax.internals import Internals, in_device_memory, on_simulated
+from acb.client.evacuation import fullest
+from acb.hooks.jax.internals import Internals, in_device_memory, on_simulated, simulated_index
 
 if TYPE_CHECKING:
     from acb.devices.simulated import Card
 
 
+Sizes = Mapping[int, int]
+"""Bytes, by the index of the GPU."""
+
+
 class _Charge:
-    """One buffer on the card. `token` is popped by whoever gives its bytes back, so that it happens once."""
+    """One buffer on a card. `token` is popped by whoever gives its bytes back, so that it happens once."""
 
-    __slots__ = ("nbytes", "owners", "pointer", "token")
+    __slots__ = ("key", "nbytes", "owners", "token")
 
-    def __init__(self, pointer: int, nbytes: int) -> None:
-        self.pointer = pointer
+    def __init__(self, key: tuple[int, int], nbytes: int) -> None:
+        self.key = key
         self.nbytes = nbytes
         self.owners: set[int] = set()
         self.token = [True]
@@ -45,88 +50,105 @@ class Ledger:
         self.forget()
 
     def forget(self) -> None:
-        """In a forked child: it holds nothing, and may be bound to another card."""
-        self._card: Card | None = None
+        """In a forked child: it holds nothing, and may be bound to other cards."""
+        self._cards: list[Card] = []
         self._opening = threading.Lock()
-        self._charges: dict[int, _Charge] = {}
+        self._charges: dict[tuple[int, int], _Charge] = {}
         self._arrays: dict[int, tuple[weakref.ref[Any], list[_Charge]]] = {}
 
     @property
-    def card(self) -> Card:
-        """The simulated card that this process is bound to; opened on first use. Raises CardError."""
-        if self._card is None:
+    def cards(self) -> list[Card]:
+        """The simulated cards that this process is bound to; opened on first use. Raises CardError."""
+        if not self._cards:
             with self._opening:
-                if self._card is None:
-                    self._card = _open_card()
-        return self._card
+                if not self._cards:
+                    self._cards = _open_cards()
+        return self._cards
 
-    def __len__(self) -> int:
-        """How many buffers are charged."""
-        return len(self._charges)
+    def buffers(self, index: int) -> list[int]:
+        """Bytes of each buffer that is charged to this GPU."""
+        return [charge.nbytes for charge in list(self._charges.values()) if charge.key[0] == index]
 
-    @property
-    def largest(self) -> int:
-        """Bytes of the largest buffer there is now."""
-        return max((charge.nbytes for charge in list(self._charges.values())), default=0)
-
-    def total(self) -> int:
-        """Bytes charged for arrays."""
-        return sum(charge.nbytes for charge in list(self._charges.values()))
+    def resident(self) -> int:
+        """Bytes charged for arrays on the fullest GPU. What was freed before is free for others when this returns."""
+        for card in self.cards:
+            card.held()
+        return fullest((charge.key[0], charge.nbytes) for charge in list(self._charges.values()))
 
     # --- charging -----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def room(self, nbytes: int) -> Iterator[list[Any]]:
-        """Hold `nbytes` while something is computed; then charge the arrays put into the list for what they take.
+    def room(self, sizes: Sizes) -> Iterator[list[Any]]:
+        """Hold `sizes` while something is computed; then charge the arrays put into the list for what they take.
 
         Raises jax's own out-of-memory error before anything is computed.
         """
-        self._allocate(nbytes)
+        held: dict[int, int] = {}
         born: list[Any] = []
         try:
+            for index, nbytes in sizes.items():
+                if nbytes:
+                    self._allocate(index, nbytes)
+                    held[index] = nbytes
             yield born
         finally:
-            self._settle(nbytes, sum(map(self.enter, born)))
+            self._settle(held, self._enter_all(born))
 
-    def _settle(self, held: int, taken: int) -> None:
-        if taken < held:
-            self.card.free(held - taken)
-        elif taken > held:
-            self._allocate(taken - held)
+    def _settle(self, held: dict[int, int], taken: Sizes) -> None:
+        """Charge what is taken instead of what is held, which is used up."""
+        for index, nbytes in taken.items():
+            more = nbytes - held.pop(index, 0)
+            if more < 0:
+                self.cards[index].free(-more)
+            elif more:
+                self._allocate(index, more)
+        for index, nbytes in held.items():
+            self.cards[index].free(nbytes)
 
-    def _allocate(self, nbytes: int) -> None:
+    def _allocate(self, index: int, nbytes: int) -> None:
         from acb.devices.simulated import CardOutOfMemory
 
-        if not nbytes:
-            return
+        card = self.cards[index]
         try:
-            self.card.allocate(nbytes)
+            card.allocate(nbytes)
         except CardOutOfMemory:
             try:
                 self.audit()
-                self.card.allocate(nbytes)
+                card.allocate(nbytes)
             except CardOutOfMemory as error:
+                where = f"simulated GPU {index}" if len(self.cards) > 1 else "simulated GPU"
                 raise self._internals.RuntimeError(
-                    f"RESOURCE_EXHAUSTED: Out of memory while trying to allocate {nbytes} bytes. (simulated GPU)"
+                    f"RESOURCE_EXHAUSTED: Out of memory while trying to allocate {nbytes} bytes. ({where})"
                 ) from error
 
-    def enter(self, array: Any) -> int:
+    def _enter_all(self, arrays: list[Any]) -> Sizes:
+        """enter() for each, and the bytes of all."""
+        if len(arrays) == 1:
+            return self.enter(arrays[0])
+        total: dict[int, int] = {}
+        for array in arrays:
+            for index, nbytes in self.enter(array).items():
+                total[index] = total.get(index, 0) + nbytes
+        return total
+
+    def enter(self, array: Any) -> Sizes:
         """An array has come into being, or has other buffers now. Returns the bytes of buffers not known before.
 
-        Those are not yet charged on the card.
+        Those are not yet charged on their cards.
         """
         identity = id(array)
         old = self._arrays.pop(identity, None)
-        charges, new = [], 0
-        for shard in self._on_card(array):
+        charges: list[_Charge] = []
+        new: dict[int, int] = {}
+        for index, shard in self.shards(array):
             nbytes = self._size(shard)
             if not nbytes:
                 continue
-            pointer = self._pointer(shard)
-            charge = self._charges.get(pointer)
+            key = (index, self._pointer(shard))
+            charge = self._charges.get(key)
             if charge is None or charge.nbytes != nbytes or not charge.token:
-                charge = self._charges[pointer] = _Charge(pointer, nbytes)
-                new += nbytes
+                charge = self._charges[key] = _Charge(key, nbytes)
+                new[index] = new.get(index, 0) + nbytes
             charge.owners.add(identity)
             charges.append(charge)
         if charges:
@@ -139,7 +161,9 @@ class Ledger:
 
     def alias(self, array: Any) -> Any:
         """Another array object for what is there already. Returns it."""
-        self._settle(0, self.enter(array))
+        new = self.enter(array)
+        if new:
+            self._settle({}, new)
         return array
 
     def arrays(self, values: Iterable[Any]) -> list[Any]:
@@ -148,11 +172,24 @@ class Ledger:
         found = [getattr(value, "_base_array", value) for value in values]
         return [array for array in found if isinstance(array, kind)]
 
-    def _on_card(self, array: Any) -> list[Any]:
-        """The array's single-device parts on simulated devices."""
+    def shards(self, array: Any) -> list[tuple[int, Any]]:
+        """The array's single-device parts on simulated GPUs, each with its GPU's index."""
         if self._is_deleted(array) or not on_simulated(array) or not in_device_memory(array):
             return []
-        return list(self._shards(array))
+        shards = self._shards(array)
+        if len(shards) == 1:
+            return [(simulated_index(array._sharding._internal_device_list[0]) or 0, shards[0])]
+        found = []
+        for shard in shards:
+            index = simulated_index(shard._sharding._internal_device_list[0])
+            if index is not None:
+                found.append((index, shard))
+        return found
+
+    def places(self, array: Any) -> list[tuple[int | None, int]]:
+        """(index of the GPU, or None for the host; bytes) of each single-device part of an array, wherever it is."""
+        devices = ((shard._sharding._internal_device_list[0], shard) for shard in self._shards(array))
+        return [(simulated_index(device), self._size(shard)) for device, shard in devices]
 
     # --- giving back --------------------------------------------------------------------------------------------------
 
@@ -180,33 +217,41 @@ class Ledger:
             charge.token.pop()
         except IndexError:
             return  # somebody was faster
-        if self._charges.get(charge.pointer) is charge:
-            del self._charges[charge.pointer]
-        if self._card is not None:
-            self._card.free(charge.nbytes)
+        if self._charges.get(charge.key) is charge:
+            del self._charges[charge.key]
+        if self._cards:
+            self._cards[charge.key[0]].free(charge.nbytes)
 
     def audit(self) -> None:
         """Compare with all live arrays: charge what was overlooked, give back what is not there any more."""
         live: list[Any] = [
-            array for backend in self._internals.backends() for array in backend.live_arrays() if self._on_card(array)
+            array for backend in self._internals.backends() for array in backend.live_arrays() if self.shards(array)
         ]
-        there = {self._pointer(shard) for array in live for shard in self._shards(array) if self._size(shard)}
+        there = {
+            (index, self._pointer(shard)) for array in live for index, shard in self.shards(array) if self._size(shard)
+        }
         for charge in list(self._charges.values()):
-            if charge.pointer not in there:
+            if charge.key not in there:
                 self._free(charge)
-        overlooked = sum(self.enter(array) for array in live if id(array) not in self._arrays)
-        if overlooked:
-            self.card.allocate(overlooked)
+        for index, nbytes in self._enter_all([array for array in live if id(array) not in self._arrays]).items():
+            self.cards[index].allocate(nbytes)
 
 
-def _open_card() -> Card:
-    """The card of this process; another framework may have opened it already, and a process has one account."""
+def count_gpus() -> int:
+    """How many GPUs the program sees: as many as it asked for, and there are."""
+    from acb.devices.simulated import card_paths
+
+    client = runtime.client()
+    assert client.simulated is not None
+    return max(1, min(client.count, len(card_paths(client.simulated))))
+
+
+def _open_cards() -> list[Card]:
+    """The cards of this process; another framework may have opened them already, and a process has one account each."""
     from acb.devices import simulated
 
     client = runtime.client()
     assert client.simulated is not None
-    path = client.simulated / f"gpu{client.gpu or 0}.card"
-    for card in list(simulated._cards):
-        if card.path == path:
-            return card
-    return simulated.Card.open(path)
+    known = {card.path: card for card in list(simulated._cards)}
+    paths = [client.simulated / f"gpu{ordinal}.card" for ordinal in client.gpus or range(count_gpus())]
+    return [known.get(path) or simulated.Card.open(path) for path in paths[: count_gpus()]]

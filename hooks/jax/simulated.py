@@ -1,7 +1,7 @@
-"""A simulated GPU for jax: a second CPU backend that calls itself ``gpu``.
+"""Simulated GPUs for jax: a second CPU backend that calls itself ``gpu``.
 
 Inside, jax goes on to compile for the CPU, so results are those of the CPU, bit for bit; outside, devices, backend and
-arrays answer as a GPU's do. Its memory is the simulated card's (see ledger and simulated_work).
+arrays answer as a GPU's do. Their memory is the simulated cards' (see ledger and simulated_work).
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from acb.hooks.jax.internals import (
     like,
     on_simulated,
     replace,
+    simulated_index,
 )
-from acb.hooks.jax.ledger import Ledger
+from acb.hooks.jax.ledger import Ledger, count_gpus
 
 KIND = "Simulated GPU"
 _NAMES = {"cuda", "gpu"}
@@ -154,11 +155,14 @@ def wanted() -> bool:
 
 
 def _make_client(internals: Internals) -> Any:
-    """A CPU client of its own with one device."""
+    """A CPU client of its own with a device a GPU."""
     options: dict[str, Any] = {"asynchronous": internals.xla_bridge._CPU_ENABLE_ASYNC_DISPATCH.value}
+    count = count_gpus()
     try:
-        return internals.xla_client.make_cpu_client(**options, num_devices=1)
+        return internals.xla_client.make_cpu_client(**options, num_devices=count)
     except TypeError:  # before 0.5 the number came from XLA_FLAGS alone
+        if count > 1:
+            raise RuntimeError(f"{count} simulated GPUs need jax 0.5 or newer; ask for one, or update jax") from None
         return internals.xla_client.make_cpu_client(**options)
 
 
@@ -190,12 +194,13 @@ def _memory_stats(original: Any, ledger: Ledger) -> Callable[[Any], Any]:
     def memory_stats(self: Any) -> Any:
         if not is_simulated_device(self):
             return original(self)
-        card = ledger.card
+        index = simulated_index(self) or 0
+        card, buffers = ledger.cards[index], ledger.buffers(index)
         return {
-            "num_allocs": len(ledger),
+            "num_allocs": len(buffers),
             "bytes_in_use": card.held(),
             "peak_bytes_in_use": card.peak(),
-            "largest_alloc_size": ledger.largest,
+            "largest_alloc_size": max(buffers, default=0),
             "bytes_limit": card.capacity,
             "bytes_reserved": 0,
             "peak_bytes_reserved": 0,

@@ -1,4 +1,4 @@
-"""The work of the simulated GPU: charges what jax's computations and transfers take, and shows each to the referee.
+"""The work of the simulated GPUs: charges what jax's computations and transfers take, and shows each to the referee.
 
 Every operation is finished when it returns, and there is room for it before it begins.
 """
@@ -7,32 +7,41 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-from acb.hooks.jax.internals import Internals, is_simulated, is_simulated_device, like, on_simulated, replace, thread
-from acb.hooks.jax.ledger import Ledger
+from acb.hooks.jax.internals import (
+    Internals,
+    is_simulated,
+    is_simulated_device,
+    like,
+    on_simulated,
+    replace,
+    simulated_index,
+    thread,
+)
+from acb.hooks.jax.ledger import Ledger, Sizes
 
 _ALIASES = ("_fully_replicated_shard", "_rewrap_with_aval_and_sharding", "clone")
 _READS = ("_single_device_array_to_np_array_did_copy", "_single_device_array_to_np_array")
 
 
 def patches(ledger: Ledger) -> list[Callable[[Internals], None]]:
-    """What makes the simulated GPU work on the simulated card."""
+    """What makes the simulated GPUs work on the simulated cards."""
 
     def computations(internals: Internals) -> None:
-        sizes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        sizes: weakref.WeakKeyDictionary[Any, Sizes] = weakref.WeakKeyDictionary()
 
         def make(original: Any) -> Any:
             @like(original)
             def call(self: Any, *args: Any) -> Any:
                 if not is_simulated(self.backend):
                     return original(self, *args)
-                nbytes = sizes.get(self)
-                if nbytes is None:
-                    nbytes = sizes[self] = _needed(self.xla_executable)
-                with _operation(ledger, f"jax {self.name}"), ledger.room(nbytes) as born:
+                needed = sizes.get(self)
+                if needed is None:
+                    needed = sizes[self] = _needed(self.xla_executable)
+                with _operation(ledger, f"jax {self.name}", needed), ledger.room(needed) as born:
                     thread.executing = True
                     try:
                         results = original(self, *args)
@@ -59,11 +68,10 @@ def patches(ledger: Ledger) -> list[Callable[[Internals], None]]:
                 to_card = any(map(is_simulated_device, devices))
                 if not to_card and not any(map(on_simulated, xs)):
                     return original(aval, sharding, xs, devices, *rest, **named)
-                sizes = [_bytes(x) for x in xs]
-                with _operation(ledger, "jax transfer"), ledger.room(sum(sizes) if to_card else 0) as born:
-                    for x, nbytes in zip(xs, sizes, strict=False):
-                        if on_simulated(x) is not to_card:
-                            ledger.card.copied(nbytes)
+                moves = [(_place(x), simulated_index(d), _bytes(x)) for x, d in zip(xs, devices, strict=False)]
+                touched, arriving = _summary(moves)
+                with _operation(ledger, "jax transfer", touched), ledger.room(arriving) as born:
+                    _cross(ledger, moves)
                     result = original(
                         aval, sharding, _unshared(xs) if to_card and not thread.moves else xs, devices, *rest, **named
                     )
@@ -81,18 +89,21 @@ def patches(ledger: Ledger) -> list[Callable[[Internals], None]]:
         def make(original: Any) -> Any:
             @like(original)
             def copy(arrays: Any, devices: Any, shardings: Any, *rest: Any, **named: Any) -> Any:
-                sizes = [_crossing(array, list(group)) for array, group in zip(arrays, devices, strict=False)]
-                if not any(sizes):
+                moves = [
+                    move
+                    for array, group in zip(arrays, devices, strict=False)
+                    for move in _moves(ledger, array, list(group))
+                    if move[0] != move[1]
+                ]
+                if not moves:
                     results = original(arrays, devices, shardings, *rest, **named)
                     if not thread.executing:
                         for result in results:
                             ledger.alias(result)
                     return results
-                new = sum(
-                    size for size, group in zip(sizes, devices, strict=False) if is_simulated_device(next(iter(group)))
-                )
-                with _operation(ledger, "jax transfer"), ledger.room(new) as born:
-                    ledger.card.copied(sum(sizes))
+                touched, arriving = _summary(moves)
+                with _operation(ledger, "jax transfer", touched), ledger.room(arriving) as born:
+                    _cross(ledger, moves)
                     results = original(arrays, devices, shardings, *rest, **named)
                     for result in results:
                         result.block_until_ready()
@@ -147,19 +158,36 @@ def patches(ledger: Ledger) -> list[Callable[[Internals], None]]:
     return [computations, transfers, copies, reads, births, result_handlers, reordering, deletion, imports]
 
 
-def _operation(ledger: Ledger, name: str) -> AbstractContextManager[None]:
-    """The referee's view of one operation; acb's own moving of memory is not the program's work."""
-    return contextlib.nullcontext() if thread.moves else ledger.card.operation(name)
+def _operation(ledger: Ledger, name: str, indices: Collection[int]) -> AbstractContextManager[None]:
+    """The referees' view of one operation on some GPUs; acb's own moving of memory is not the program's work."""
+    if thread.moves:
+        return contextlib.nullcontext()
+    if len(indices) == 1:
+        [index] = indices
+        return ledger.cards[index].operation(name)
+    return _together([ledger.cards[index].operation(name) for index in indices])
 
 
-def _needed(executable: Any) -> int:
-    """Bytes that a run of an executable needs beyond its arguments: results (reusing none) and temporaries."""
+@contextlib.contextmanager
+def _together(contexts: Iterable[AbstractContextManager[None]]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
+def _needed(executable: Any) -> Sizes:
+    """Bytes that a run of an executable needs on each of its GPUs beyond its arguments: results (reusing none) and
+    temporaries.
+    """
     try:
         stats = executable.get_compiled_memory_stats()
         results = max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
-        return int(results + stats.temp_size_in_bytes)
+        nbytes = int(results + stats.temp_size_in_bytes)
     except (RuntimeError, AttributeError):
-        return 0
+        nbytes = 0
+    indices = [simulated_index(device) for device in executable.local_devices()]
+    return {index: nbytes for index in indices if index is not None}
 
 
 def _finish(internals: Internals, execution: Any, results: list[Any]) -> None:
@@ -179,11 +207,47 @@ def _bytes(value: Any) -> int:
         return 8
 
 
-def _crossing(array: Any, devices: list[Any]) -> int:
-    """Bytes of an array that move onto the card or off it, to be on `devices`; 0 when it is there already."""
-    from_card = on_simulated(array)
-    to_card = bool(devices) and is_simulated_device(devices[0])
-    return _bytes(array) if from_card is not to_card else 0
+_Move = tuple["int | None", "int | None", int]
+"""Index of the GPU that bytes come from, of the one that they go to, and how many; None: the host."""
+
+
+def _place(value: Any) -> int | None:
+    """The index of the GPU on which a single-device array is; None: on the host, as everything else is."""
+    return simulated_index(value._sharding._internal_device_list[0]) if on_simulated(value) else None
+
+
+def _moves(ledger: Ledger, array: Any, devices: list[Any]) -> list[_Move]:
+    """What it takes to have each part of an array on its own of `devices`."""
+    if len(devices) == 1 and array._sharding._internal_device_list[0] is devices[0]:
+        return []  # mostly, and quicker than looking at its parts
+    if not on_simulated(array) and not any(map(is_simulated_device, devices)):
+        return []
+    return [
+        (source, simulated_index(device), nbytes)
+        for (source, nbytes), device in zip(ledger.places(array), devices, strict=False)
+    ]
+
+
+def _summary(moves: list[_Move]) -> tuple[set[int], Sizes]:
+    """The GPUs that take part, and the bytes that each of them gets."""
+    touched: set[int] = set()
+    arriving: dict[int, int] = {}
+    for source, target, nbytes in moves:
+        if source is not None:
+            touched.add(source)
+        if target is not None:
+            touched.add(target)
+            arriving[target] = arriving.get(target, 0) + nbytes
+    return touched, arriving
+
+
+def _cross(ledger: Ledger, moves: list[_Move]) -> None:
+    """Have the bytes that change places cross the bus."""
+    for source, target, nbytes in moves:
+        if source != target:
+            index = target if source is None else source
+            assert index is not None
+            ledger.cards[index].copied(nbytes)
 
 
 def _unshared(values: list[Any]) -> list[Any]:
@@ -200,10 +264,11 @@ def _reading(original: Any, ledger: Ledger) -> Any:
     def read(array: Any) -> Any:
         if not on_simulated(array):
             return original(array)
-        with _operation(ledger, "jax read"):
+        index = _place(array) or 0
+        with _operation(ledger, "jax read", [index]):
             answer = original(array)
             host = (answer[0] if isinstance(answer, tuple) else answer).copy()
-            ledger.card.copied(host.nbytes)
+            ledger.cards[index].copied(host.nbytes)
         return (host, True) if isinstance(answer, tuple) else host
 
     return read

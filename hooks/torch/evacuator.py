@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from acb.client.evacuation import EvacuationError
+from acb.client.evacuation import EvacuationError, fullest
 from acb.hooks.torch import reach
 from acb.hooks.torch.hostpool import HostPool, Place
 from acb.hooks.torch.memory import OutOfMemoryError
@@ -28,10 +28,11 @@ cuda: Any = torch.cuda
 class _Parked:
     """A storage whose bytes are in host memory. It is held weakly: what the program drops meanwhile must not stay."""
 
-    __slots__ = ("__weakref__", "nbytes", "place", "storage")
+    __slots__ = ("__weakref__", "nbytes", "ordinal", "place", "storage")
 
     def __init__(self, storage: Any, place: Place, pool: HostPool) -> None:
         self.nbytes = place.nbytes
+        self.ordinal = _ordinal(storage)
         self.place = place
         self.storage = weakref.ref(storage, functools.partial(_dropped, pool, place))
 
@@ -74,12 +75,12 @@ class TorchEvacuator:
             self._synchronize(ordinal)
 
     def resident(self) -> int:
-        """Bytes that PyTorch's allocator holds on the GPU, used or cached."""
-        return sum(int(cuda.memory_reserved(ordinal)) for ordinal in self._ordinals())
+        """Bytes that PyTorch's allocator holds on the fullest GPU, used or cached."""
+        return max((int(cuda.memory_reserved(ordinal)) for ordinal in self._ordinals()), default=0)
 
     def peak(self) -> int:
-        """The most bytes that PyTorch's allocator has held at once since reset_peak()."""
-        return sum(self.peaks.peak(ordinal) for ordinal in self._ordinals())
+        """The most bytes that PyTorch's allocator has held on one GPU at once since reset_peak()."""
+        return max((self.peaks.peak(ordinal) for ordinal in self._ordinals()), default=0)
 
     def reset_peak(self) -> None:
         """Forget the peak."""
@@ -101,7 +102,9 @@ class TorchEvacuator:
     # --- evacuation ------------------------------------------------------------------------------------------------
 
     def evacuate(self) -> int:
-        """Move every storage to host memory; all or none. Returns bytes moved; raises EvacuationError."""
+        """Move every storage to host memory; all or none. Returns the bytes moved off the GPU that had most of them;
+        raises EvacuationError.
+        """
         storages = reach.find_storages()
         obstacle = reach.obstacle(storages)
         if obstacle is not None:
@@ -122,6 +125,7 @@ class TorchEvacuator:
         except (RuntimeError, MemoryError) as error:
             self._pool.give_back(places)
             raise EvacuationError(f"PyTorch could not copy its memory to the host: {error}") from None
+        moved = fullest((_ordinal(storage), size) for storage, size in zip(storages, sizes, strict=True))
         self._parked += [_Parked(storage, place, self._pool) for storage, place in zip(storages, places, strict=True)]
         try:
             for storage in storages:
@@ -134,10 +138,12 @@ class TorchEvacuator:
         if hasattr(torch._C, "_cuda_clearCublasWorkspaces"):
             torch._C._cuda_clearCublasWorkspaces()  # made again when they are needed
         self._empty_cache()
-        return sum(sizes)
+        return moved
 
     def restore(self) -> int:
-        """Bring back what evacuate() moved. Returns bytes moved; after a MemoryError it may be called again."""
+        """Bring back what evacuate() moved, each storage to its own GPU. Returns the bytes moved onto the GPU that got
+        most of them; after a MemoryError it may be called again.
+        """
         back: list[tuple[Any, _Parked]] = []
         failure: str | None = None
         for parked in self._parked:
@@ -154,7 +160,7 @@ class TorchEvacuator:
         with _Copying(self._streams, storages, self._real):
             for storage, parked in back:
                 self._copy(storage, parked.place.storage(), parked.place.slab.page_locked)
-        moved = sum(parked.nbytes for _, parked in back)
+        moved = fullest((parked.ordinal, parked.nbytes) for _, parked in back)
         self._pool.give_back([parked.place for _, parked in back])
         done = {id(parked) for _, parked in back}
         del storages
@@ -174,7 +180,7 @@ class _Copying:
     """
 
     def __init__(self, streams: dict[int, Any], storages: list[Any], real: bool) -> None:
-        self._ordinals = sorted({storage.device.index or 0 for storage in storages}) if real else []
+        self._ordinals = sorted(set(map(_ordinal, storages))) if real else []
         self._streams = streams
         self._contexts: list[Any] = []
 
@@ -192,6 +198,11 @@ class _Copying:
             self._contexts.pop().__exit__(None, None, None)
         for ordinal in self._ordinals:
             self._streams[ordinal].synchronize()
+
+
+def _ordinal(storage: Any) -> int:
+    """The GPU that a storage is on."""
+    return int(storage.device.index or 0)
 
 
 def _is_simulated() -> bool:

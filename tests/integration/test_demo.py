@@ -24,7 +24,7 @@ def test_a_mix_of_pytorch_and_jax_runs_out_of_memory_without_acb_and_finishes_wi
     for needed in ("torch", "jax", "transformers", "pyhmmer", "openmm"):
         pytest.importorskip(needed)
     monkeypatch.setattr(scenes, "OPTIONS", {name: (*given, *QUICK) for name, given in scenes.OPTIONS.items()})
-    with scenes.Stage(tmp_path, SimulatedSpec(1, 512 << 20)) as stage, Progress(io.StringIO()) as progress:
+    with scenes.Stage(tmp_path, SimulatedSpec((512 << 20,))) as stage, Progress(io.StringIO()) as progress:
         summary = scenes.play(stage, PROGRAMS["mix"], progress)
     logs = "\n".join(path.read_text() for path in tmp_path.glob("with_acb/*/log.txt"))
     assert summary["without_acb"]["out_of_memory"] >= 2, summary

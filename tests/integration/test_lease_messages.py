@@ -34,7 +34,7 @@ GRANT = Grant(0, "0", 64 * MIB)
 
 @pytest.fixture
 def broker(site: Site) -> Iterator[FakeBroker]:
-    create_cards(site.directory / "simulated-1x64MiB", SimulatedSpec(1, 64 * MIB))
+    create_cards(site.directory / "simulated-1x64MiB", SimulatedSpec((64 * MIB,)))
     fake = FakeBroker(site.socket)
     yield fake
     fake.close()

@@ -41,7 +41,7 @@ def digest(values: Any) -> str:
 
 @pytest.fixture
 def card(tmp_path: Path) -> Iterator[Card]:
-    create_cards(tmp_path, SimulatedSpec(1, 1 << 30))
+    create_cards(tmp_path, SimulatedSpec((1 << 30,)))
     with Card.open(tmp_path) as card:
         yield card
 

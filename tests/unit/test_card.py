@@ -22,7 +22,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def card(tmp_path: Path) -> Card:
-    create_cards(tmp_path, SimulatedSpec(1, 100 * MIB))
+    create_cards(tmp_path, SimulatedSpec((100 * MIB,)))
     return Card.open(tmp_path)
 
 
@@ -45,7 +45,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def test_cards_carry_what_was_asked_for_and_are_made_once(tmp_path: Path) -> None:
-    spec = SimulatedSpec(2, 64 * MIB, 10 * MIB, 0.5)
+    spec = SimulatedSpec((32 * MIB, 64 * MIB), 10 * MIB, 0.5)
     paths = create_cards(tmp_path / "cards", spec)
     assert [path.name for path in paths] == ["gpu0.card", "gpu1.card"]
     with Card.open(paths[1]) as card:
@@ -58,15 +58,15 @@ def test_cards_carry_what_was_asked_for_and_are_made_once(tmp_path: Path) -> Non
 
 
 def test_a_card_with_other_values_is_replaced_only_when_nobody_uses_it(tmp_path: Path) -> None:
-    (path,) = create_cards(tmp_path, SimulatedSpec(1, MIB))
+    (path,) = create_cards(tmp_path, SimulatedSpec((MIB,)))
     with Card.open(path) as card:
         card.allocate(1)
         with pytest.raises(CardError, match=f"used by process {os.getpid()}"):
-            create_cards(tmp_path, SimulatedSpec(1, 2 * MIB))
-    create_cards(tmp_path, SimulatedSpec(2, 2 * MIB))
+            create_cards(tmp_path, SimulatedSpec((2 * MIB,)))
+    create_cards(tmp_path, SimulatedSpec((2 * MIB, 2 * MIB)))
     with Card.open(path) as card:
         assert card.capacity == 2 * MIB
-    create_cards(tmp_path, SimulatedSpec(1, 2 * MIB))
+    create_cards(tmp_path, SimulatedSpec((2 * MIB,)))
     assert card_paths(tmp_path) == [path]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["gpu0.card"]
 
@@ -80,7 +80,7 @@ def test_what_is_no_card_is_refused(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(CardError, match="cannot make the directory"):
-        create_cards(blocked / "below", SimulatedSpec(1, MIB))
+        create_cards(blocked / "below", SimulatedSpec((MIB,)))
 
 
 def test_capacity_holds_across_processes(card: Card) -> None:
@@ -231,7 +231,7 @@ def test_threads_and_finalizers_lose_no_byte(card: Card) -> None:
 @given(st.lists(st.integers(1, 40 * MIB), max_size=20))
 def test_the_charge_is_the_sum_of_what_fitted(tmp_path_factory: pytest.TempPathFactory, sizes: list[int]) -> None:
     directory = tmp_path_factory.mktemp("cards")
-    create_cards(directory, SimulatedSpec(1, 100 * MIB))
+    create_cards(directory, SimulatedSpec((100 * MIB,)))
     with Card.open(directory) as card:
         total = 0
         for size in sizes:
@@ -304,8 +304,20 @@ def test_more_processes_than_slots_are_refused_in_words(card: Card) -> None:
     card.allocate(1)
 
 
+def test_an_operation_on_two_cards_takes_its_time_once(tmp_path: Path) -> None:
+    paths = create_cards(tmp_path, SimulatedSpec((MIB, MIB), speed=0.1))
+    import time
+
+    with Card.open(paths[0]) as first, Card.open(paths[1]) as second:
+        began = time.monotonic()
+        with first.operation("copy"), second.operation("copy"):
+            while time.monotonic() - began < 0.01:
+                pass
+        assert 0.09 <= time.monotonic() - began < 0.5  # 1 second, were it stretched on either
+
+
 def test_bandwidth_and_speed_take_their_time(tmp_path: Path) -> None:
-    create_cards(tmp_path, SimulatedSpec(1, MIB, bandwidth=MIB, speed=0.5))
+    create_cards(tmp_path, SimulatedSpec((MIB,), bandwidth=MIB, speed=0.5))
     import time
 
     with Card.open(tmp_path) as card:

@@ -12,7 +12,7 @@ from acb.devices.simulated import Card, create_cards
 
 
 def test_a_free_that_a_busy_thread_keeps_waiting_is_booked_when_held_returns(tmp_path: Path) -> None:
-    [path] = create_cards(tmp_path / "cards", SimulatedSpec(1, 1000))
+    [path] = create_cards(tmp_path / "cards", SimulatedSpec((1000,)))
     with Card.open(path) as card, Card.open(path) as others_view:
         card.allocate(700)
         other = os.open(path, os.O_RDWR)  # as another process that looks at the card

@@ -74,8 +74,7 @@ def test_any_text_is_a_size_or_refused(text: str) -> None:
 
 specs = st.builds(
     SimulatedSpec,
-    st.integers(1, 64),
-    sizes,
+    st.lists(st.sampled_from([1 << 20, 1 << 30]) | sizes, min_size=1, max_size=64).map(tuple),
     st.none() | sizes,
     st.none() | st.floats(0, 1, exclude_min=True, allow_nan=False),
 )
@@ -87,8 +86,26 @@ def test_a_description_of_simulated_gpus_comes_back(spec: SimulatedSpec) -> None
 
 
 def test_simulated_gpus_are_read() -> None:
-    assert parse_simulated("1x2GiB") == (1, 2 << 30, None, None)
-    assert parse_simulated("4 X 16GiB, bandwidth=20GiB/s,speed=.5") == (4, 16 << 30, 20 << 30, 0.5)
+    assert parse_simulated("1x2GiB") == ((2 << 30,), None, None)
+    assert parse_simulated("4 X 16GiB, bandwidth=20GiB/s,speed=.5") == ((16 << 30,) * 4, 20 << 30, 0.5)
+    mixed = parse_simulated("2x16GiB + 1x8GiB+1x8GiB,speed=0.5")
+    assert mixed == ((16 << 30, 16 << 30, 8 << 30, 8 << 30), None, 0.5)
+    assert str(mixed) == "2x16GiB+2x8GiB,speed=0.5"
+
+
+def test_simulated_gpus_are_described() -> None:
+    def words(text: str) -> str:
+        return config.describe_simulated(parse_simulated(text).capacities)
+
+    assert words("1x2GiB") == "1 simulated GPU of 2GiB"
+    assert words("3x512MiB") == "3 simulated GPUs of 512MiB"
+    assert words("2x16GiB+1x8GiB+10x1GiB") == "2 simulated GPUs of 16GiB, 1 of 8GiB and 10 of 1GiB"
+
+
+def test_too_many_simulated_gpus_are_refused() -> None:
+    assert len(parse_simulated("60x1GiB+4x2GiB").capacities) == config.MAX_GPUS
+    with pytest.raises(ConfigError, match="are 65 simulated GPUs; there can be 64 at most"):
+        parse_simulated("60x1GiB+5x2GiB")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +113,8 @@ def test_simulated_gpus_are_read() -> None:
     [
         "", "2GiB", "x2GiB", "0x1GiB", "65x1GiB", "1x", "1x0", "-1x1GiB", "1.5x1GiB", "1x1GiB,", "1x1GiB,speed=0",
         "1x1GiB,speed=1.1", "1x1GiB,speed=-1", "1x1GiB,speed=nan", "1x1GiB,speed=", "1x1GiB,bandwidth=", "1x1GiB,x=1",
-        "9" * 5000 + "x1GiB", "1x1GiB;speed=1",
+        "9" * 5000 + "x1GiB", "1x1GiB;speed=1", "1x1GiB+", "+1x1GiB", "1x1GiB+2GiB", "1x1GiB+0x1GiB",
+        "1x1GiB,speed=1+1x2GiB",
     ],
 )  # fmt: skip
 def test_what_is_no_description_is_refused(text: str) -> None:
@@ -125,7 +143,17 @@ def test_everything_lies_in_the_runtime_directory(places: Path) -> None:
     assert config.env_path() == places / "broker.env"
     spec = parse_simulated("2x1GiB,bandwidth=5MiB,speed=0.25")
     assert config.simulated_dir(spec) == places / "simulated-2x1GiB-bandwidth-5MiB-speed-0.25"
+    assert config.simulated_dir(parse_simulated("2x1GiB+1x2GiB")) == places / "simulated-2x1GiB-1x2GiB"
     assert places.stat().st_mode & 0o777 == 0o700
+
+
+def test_descriptions_of_any_length_have_directories_of_their_own(places: Path) -> None:
+    sizes = "+".join(f"1x{n}KiB" for n in range(1, 64))
+    first, second = parse_simulated(f"{sizes}+1x1GiB"), parse_simulated(f"{sizes}+1x2GiB")
+    directories = {config.simulated_dir(spec) for spec in (first, second)}
+    assert len(directories) == 2
+    for directory in directories:
+        directory.mkdir()
 
 
 @pytest.mark.parametrize(("name", "value", "suffix"), [

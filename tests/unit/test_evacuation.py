@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from acb.client.evacuation import EvacuationError, evacuate_all
+from acb.client.evacuation import EvacuationError, evacuate_all, fullest
 
 
 class Fake:
@@ -71,3 +71,8 @@ def test_what_cannot_come_back_is_told() -> None:
     assert caught.value.moved == 30
     assert [fake.resident() for fake in fakes] == [5, 0, 0, 3]
     assert EvacuationError.moved == 0
+
+
+def test_memory_is_counted_on_the_fullest_gpu() -> None:
+    assert fullest([]) == 0
+    assert fullest([(0, 5), (1, 3), (0, 1), (1, 4)]) == 7

@@ -206,7 +206,7 @@ from acb.hooks.jax import ledger
 client = runtime.client()
 gate, (evacuator,) = client.gate, client.evacuators
 gate._ask = gate._idle = lambda: None
-card = ledger._open_card()
+card = ledger._open_cards()[0]
 me, other = [os.getpid()], [1]
 f = jax.jit(lambda a: (a @ a) / 8)
 donating = jax.jit(lambda a: a + 1, donate_argnums=0)
@@ -283,7 +283,7 @@ except jax.errors.JaxRuntimeError as error:
 gate.close()
 evacuator.evacuate()
 from acb.hooks.jax import ledger
-card = ledger._open_card()
+card = ledger._open_cards()[0]
 card.allocate(12 << 20)
 try:
     evacuator.restore()

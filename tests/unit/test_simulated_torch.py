@@ -27,7 +27,7 @@ F: Any = torch.nn.functional
 @pytest.fixture
 def card(tmp_path: Path) -> Iterator[Card]:
     """PyTorch with a simulated GPU of 64 MiB; afterwards nothing is left on it."""
-    create_cards(tmp_path, SimulatedSpec(1, CAPACITY))
+    create_cards(tmp_path, SimulatedSpec((CAPACITY,)))
     card = Card.open(tmp_path)
     simulated.install(torch, lambda: card, lambda: card)
     ledger = simulated.current_ledger()

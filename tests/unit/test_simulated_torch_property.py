@@ -86,7 +86,7 @@ programs = st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 20)
 @pytest.fixture(scope="module")
 def card(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Card]:
     directory: Path = tmp_path_factory.mktemp("cards")
-    create_cards(directory, SimulatedSpec(1, CAPACITY))
+    create_cards(directory, SimulatedSpec((CAPACITY,)))
     with Card.open(directory) as card:
         yield card
 

@@ -32,7 +32,7 @@ MIB = 1 << 20
 def card(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Card]:
     """A simulated GPU of 64 MiB."""
     directory: Path = tmp_path_factory.mktemp("cards")
-    create_cards(directory, SimulatedSpec(1, 64 * MIB))
+    create_cards(directory, SimulatedSpec((64 * MIB,)))
     with Card.open(directory) as card:
         simulated.install(torch, lambda: card, lambda: card)
         yield card

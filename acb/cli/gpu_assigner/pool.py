@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from acb.broker.core import Gpu
-from acb.config import EX_CANTCREAT, EX_DATAERR, EX_UNAVAILABLE, ConfigError, SimulatedSpec, format_size, simulated_dir
+from acb.config import (
+    EX_CANTCREAT,
+    EX_DATAERR,
+    EX_UNAVAILABLE,
+    ConfigError,
+    SimulatedSpec,
+    describe_simulated,
+    format_size,
+    simulated_dir,
+)
 
 if TYPE_CHECKING:
     from acb.devices.simulated import Card
@@ -81,7 +90,7 @@ def simulated(spec: SimulatedSpec, chosen: Sequence[str] | None) -> Pool:
     """Simulated GPUs. Raises ConfigError when their files cannot be made, or an unknown one is chosen."""
     from acb.devices.simulated import Card, CardError, create_cards
 
-    ordinals = {str(n): n for n in range(spec.count)}
+    ordinals = {str(n): n for n in range(len(spec.capacities))}
     picked = (
         list(ordinals.values()) if chosen in (None, ["all"]) else [_pick(ordinals, entry) for entry in chosen or ()]
     )
@@ -95,8 +104,8 @@ def simulated(spec: SimulatedSpec, chosen: Sequence[str] | None) -> Pool:
             shutil.rmtree(directory, ignore_errors=True)
         raise ConfigError(f"cannot make the simulated GPUs in {directory}: {error}", EX_CANTCREAT) from None
     return Pool(
-        [Gpu(n, spec.capacity, str(n)) for n in picked],
-        f"{len(picked)} simulated GPU{'s' * (len(picked) > 1)} of {format_size(spec.capacity)}",
+        [Gpu(n, spec.capacities[n], str(n)) for n in picked],
+        describe_simulated(spec.capacities[n] for n in picked),
         cards,
         {"ACB_SIMULATED": str(directory)},
         directory,

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--simulate-gpus", metavar="NxSIZE", type=argument(parse_simulated),
-        help="lend simulated GPUs, such as 1x2GiB; options: ,bandwidth=20GiB (a second) ,speed=0.5",
+        help="lend simulated GPUs, such as 1x2GiB or 2x16GiB+1x8GiB; options: ,bandwidth=20GiB (a second) ,speed=0.5",
     )  # fmt: skip
     parser.add_argument(
         "--scheduler", choices=sorted(POLICIES), default="fifo", metavar="NAME",

@@ -1,18 +1,19 @@
 """PyTorch on a simulated GPU: ``cuda`` devices on a build for the CPU, exact results, memory that really runs out.
 
-Tensors stay plain CPU tensors; a ledger of storages says which are on the card (`ledger`), and a dispatch mode on every
-thread puts results there (`dispatch`). The rest is PyTorch's own code that has to be told: methods of tensors and
+Tensors stay plain CPU tensors; a ledger of storages says which are on which card (`ledger`), and a dispatch mode on
+every thread puts results there (`dispatch`). The rest is PyTorch's own code that has to be told: methods of tensors and
 storages, factories, torch.cuda, and a few choices by device.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from acb.devices.simulated import Card
+from acb.devices.simulated import Card, card_paths
 
 if TYPE_CHECKING:
     from acb.client.runtime import Client
@@ -24,24 +25,26 @@ _watching_threads = False
 class _State:
     """The one installation of this process."""
 
-    def __init__(self, card_provider: Callable[[], Card], description: Callable[[], Card]) -> None:
+    def __init__(self, card_provider: Callable[[], Sequence[Card]], description: Callable[[], Sequence[Card]]) -> None:
         from acb.hooks.torch.patching import Patches
+        from acb.hooks.torch.simulated import places
         from acb.hooks.torch.simulated.ledger import Ledger
 
-        self.ledger = Ledger(card_provider, description)
+        self.ledger = ledger = Ledger(card_provider, description)
+        places.bind(lambda: len(ledger.gpus()))
         self.patches = Patches()
 
 
 def install(
     torch_module: ModuleType,
-    card_provider: Callable[[], Card | Client] | None = None,
-    description: Callable[[], Card] | None = None,
+    card_provider: Callable[[], Sequence[Card] | Card | Client] | None = None,
+    description: Callable[[], Sequence[Card] | Card | Client] | None = None,
 ) -> None:
     """Let ``cuda`` appear in PyTorch, on this thread and every thread started from now on.
 
-    `card_provider` is called once, at the first allocation, inside the region that makes it; it returns the card, or
-    the client that is bound to one. `description` gives a card from which to answer questions before that. By default
-    both come from this process's client.
+    `card_provider` is called once, at the first allocation, inside the region that makes it; it returns the card, the
+    cards behind ``cuda:0``, ``cuda:1`` and so on, or the client that is bound to some. `description` gives cards from
+    which to answer questions before that. By default both come from this process's client.
     """
     global _state, _watching_threads
     if _state is not None:
@@ -51,20 +54,28 @@ def install(
     from acb.hooks.torch import patching
     from acb.hooks.torch.simulated import choices, cuda, dispatch, factories, storages, streams, tensors
 
-    provider = card_provider or client
-    _state = state = _State(lambda: _card_of(provider()), description or (lambda: _card_of(client())))
+    atexit.register(_before_the_end)
+    provider, describe = card_provider or client, description or client
+    _state = state = _State(lambda: _cards_of(provider()), lambda: _cards_of(describe()))
     steps = [step for module in (cuda, streams, tensors, storages, factories, choices) for step in module.STEPS]
     patching.apply(state.patches, [_bind(step, state.ledger) for step in steps], warn_once)
     dispatch.enter(state.ledger)
     threads.on_thread_start(_adopt_thread, _release_thread)
 
 
-def _card_of(given: Card | Client) -> Card:
-    """The card of a client: the one that it is bound to, or before that the first."""
+def _cards_of(given: Sequence[Card] | Card | Client) -> Sequence[Card]:
+    """The cards of a client: those that it is bound to, or before that the first ones, as many as it wants and there
+    are.
+    """
     if isinstance(given, Card):
+        return (given,)
+    if isinstance(given, Sequence):
         return given
     assert given.simulated is not None
-    return Card.open(given.simulated, given.gpu or 0)
+    ordinals = given.gpus
+    if not ordinals or not given.gating:
+        ordinals = tuple(range(max(1, min(given.count, len(card_paths(given.simulated))))))
+    return [Card.open(given.simulated, ordinal) for ordinal in ordinals]
 
 
 def uninstall() -> None:
@@ -124,6 +135,13 @@ def _release_thread() -> None:
     from acb.hooks.torch.simulated import dispatch
 
     dispatch.release_thread()
+
+
+def _before_the_end() -> None:
+    if _state is not None:
+        from acb.hooks.torch.simulated import collectives
+
+        collectives.let_go()
 
 
 def _after_fork() -> None:

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from acb.hooks.torch.patching import Patches
-from acb.hooks.torch.simulated.compute import CPU, CUDA
 from acb.hooks.torch.simulated.ledger import Ledger
-from acb.hooks.torch.simulated.tensors import device_of
+from acb.hooks.torch.simulated.places import CPU, CUDA, current, device_of
 
 
 def patch_foreach(patches: Patches, ledger: Ledger) -> None:
@@ -138,8 +137,50 @@ def patch_profiler(patches: Patches, ledger: Ledger) -> None:
 
 
 def patch_data_parallel(patches: Patches, ledger: Ledger) -> None:
-    """torch.nn.DataParallel, which has one GPU to spread a batch over."""
-    patches.set(torch._C, "_scatter", lambda tensor, devices, sizes, dim, streams: (tensor.to(CUDA),))
+    """torch.nn.DataParallel, and torch.cuda.comm, on which it stands: copies between GPUs, in C++ code that is missing
+    in a build without them.
+    """
+
+    def _broadcast(tensor: Any, devices: list[int]) -> list[Any]:
+        return [tensor.to(CUDA[index]) for index in devices]
+
+    def _broadcast_out(tensor: Any, out: list[Any]) -> list[Any]:
+        return [target.copy_(tensor) for target in out]
+
+    def _broadcast_coalesced(tensors: list[Any], devices: list[int], buffer_size: int) -> list[list[Any]]:
+        return [[tensor.to(CUDA[index]) for tensor in tensors] for index in devices]
+
+    def _scatter(tensor: Any, devices: list[int], sizes: Any, dim: int, streams: Any) -> list[Any]:
+        parts = tensor.chunk(len(devices), dim) if sizes is None else tensor.split(list(sizes), dim)
+        return [part.contiguous().to(CUDA[index]) for part, index in zip(parts, devices, strict=False)]
+
+    def _scatter_out(tensor: Any, out: list[Any], dim: int, streams: Any) -> list[Any]:
+        parts = tensor.split([target.size(dim) for target in out], dim)
+        return [target.copy_(part) for target, part in zip(out, parts, strict=True)]
+
+    def _gather(tensors: list[Any], dim: int, destination: int | None) -> Any:
+        place = CPU if destination == -1 else CUDA[current() if destination is None else destination]
+        return torch.cat([tensor.to(place) for tensor in tensors], dim)
+
+    def _gather_out(tensors: list[Any], out: Any, dim: int) -> Any:
+        return out.copy_(_gather(tensors, dim, out.get_device()))
+
+    def get_stream(device: Any) -> Any:
+        return None if device.type == "cpu" else torch.cuda.Stream(device)
+
+    def forward(ctx: Any, target_gpus: Any, chunk_sizes: Any, dim: int, input: Any) -> Any:
+        # As PyTorch's own, but for torch.device(0), which such a build does not know either.
+        ctx.dim, ctx.input_device = dim, input.get_device()
+        parts = torch.nn.parallel.comm.scatter(input, target_gpus, chunk_sizes, dim)
+        return tuple(map(torch.view_as_complex, parts)) if input.is_complex() else parts
+
+    import torch.nn.parallel._functions as parallel
+
+    patches.set(parallel, "_get_stream", get_stream)
+    patches.set(parallel.Scatter, "forward", staticmethod(forward))
+    patches.set(torch.cuda.nccl, "is_available", lambda tensors: False)
+    for function in (_broadcast, _broadcast_out, _broadcast_coalesced, _scatter, _scatter_out, _gather, _gather_out):
+        patches.set(torch._C, function.__name__, function)
 
 
 def patch_pinning_threads(patches: Patches, ledger: Ledger) -> None:

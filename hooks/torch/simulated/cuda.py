@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from acb.hooks.torch.patching import Patches
+from acb.hooks.torch.simulated import places
 from acb.hooks.torch.simulated.ledger import Ledger
-from acb.hooks.torch.simulated.tensors import device_of
+from acb.hooks.torch.simulated.places import ordinal
 
 cuda: Any = torch.cuda
 NAME = "Simulated GPU"
@@ -24,11 +26,11 @@ class DeviceProperties(SimpleNamespace):
     minor: int
 
 
-def _properties(ledger: Ledger) -> DeviceProperties:
-    """Those of a card; compute capability 8.0, so that programs take their usual ways."""
+def _properties(ledger: Ledger, index: int) -> DeviceProperties:
+    """Those of a GPU; compute capability 8.0, so that programs take their usual ways."""
     return DeviceProperties(
         name=NAME,
-        total_memory=ledger.description().capacity,
+        total_memory=ledger.gpus()[index].card.capacity,
         major=8,
         minor=0,
         multi_processor_count=108,
@@ -46,23 +48,11 @@ def _properties(ledger: Ledger) -> DeviceProperties:
         memory_clock_rate=1215000,
         memory_bus_width=5120,
         gcnArchName="",
-        uuid="00000000-0000-0000-0000-000000000000",
-        pci_bus_id=0,
+        uuid=f"00000000-0000-0000-0000-{index:012d}",
+        pci_bus_id=index,
         pci_device_id=0,
         pci_domain_id=0,
     )
-
-
-def ordinal(device: Any) -> int:
-    """The ordinal of a device as given to functions of torch.cuda. Raises RuntimeError for one that is not there."""
-    if device is None:
-        return 0
-    if isinstance(device, int) and device < 0:
-        return -1
-    device = device_of(device)
-    if device.type != "cuda":
-        raise ValueError(f"Expected a cuda device, but got: {device}")
-    return 0
 
 
 def patch_first_use(patches: Patches, ledger: Ledger) -> None:
@@ -93,20 +83,17 @@ def patch_first_use(patches: Patches, ledger: Ledger) -> None:
 
 
 def patch_devices(patches: Patches, ledger: Ledger) -> None:
-    """What there is: one GPU. Answered without using it."""
+    """What there is, and which is the current one. Answered without using any."""
 
     def get_device_properties(device: Any = None) -> DeviceProperties:
         """Get the properties of a device."""
-        ordinal(device)
-        return _properties(ledger)
+        return _properties(ledger, max(0, ordinal(device)))
 
     def answer(value: Any) -> Any:
         return lambda *args, **kwargs: value
 
     for name, value in {
         "is_available": True,
-        "device_count": 1,
-        "current_device": 0,
         "_is_compiled": True,
         "_device_count_nvml": -1,
         "get_arch_list": ["sm_80"],
@@ -121,9 +108,11 @@ def patch_devices(patches: Patches, ledger: Ledger) -> None:
     }.items():
         patches.set(cuda, name, answer(value))
     patches.set(cuda, "get_device_properties", get_device_properties)
-    patches.set(cuda, "set_device", lambda device: ordinal(device) and None)
-    patches.set(cuda, "_exchange_device", lambda index: max(0, ordinal(index)))
-    patches.set(cuda, "_maybe_exchange_device", lambda index: max(0, ordinal(index)))
+    patches.set(cuda, "device_count", lambda: places.count())
+    patches.set(cuda, "current_device", lambda: places.current())
+    patches.set(cuda, "set_device", lambda device: places.choose(ordinal(device)) and None)
+    patches.set(cuda, "_exchange_device", lambda index: places.choose(index))
+    patches.set(cuda, "_maybe_exchange_device", lambda index: places.choose(index))
 
     def synchronize(device: Any = None) -> None:
         """Wait for all kernels to complete: they have."""
@@ -151,7 +140,7 @@ class _Runtime:
 
     def cudaMemGetInfo(self, device: int = 0) -> tuple[int, int]:
         """Free and total memory in bytes."""
-        card = self._ledger.description()
+        card = self._ledger.gpus()[device].card
         return max(0, card.capacity - card.used()), card.capacity
 
 
@@ -166,10 +155,11 @@ class _Nvtx:
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-def _statistics(ledger: Ledger) -> dict[str, Any]:
+def _statistics(ledger: Ledger, index: int) -> dict[str, Any]:
     """In the form of PyTorch's allocator; there is no cache, so what is reserved is what is allocated."""
-    card = ledger.description()
-    current, peak, count = card.held(), card.peak(), len(ledger.entries)
+    gpu = ledger.gpus()[index]
+    current, peak = gpu.card.held(), gpu.card.peak()
+    count = sum(entry.gpu is gpu for entry in list(ledger.entries.values()))
 
     def pools(now: int, most: int, allocated: int, freed: int) -> dict[str, dict[str, int]]:
         whole = {"current": now, "peak": most, "allocated": allocated, "freed": freed}
@@ -183,11 +173,11 @@ def _statistics(ledger: Ledger) -> dict[str, Any]:
     }
     statistics["inactive_split_bytes"] = pools(0, 0, 0, 0)
     for name in ("allocation", "active", "segment"):
-        statistics[name] = pools(count, count, ledger.allocations, ledger.frees)
+        statistics[name] = pools(count, count, gpu.allocations, gpu.frees)
     statistics["inactive_split"] = pools(0, 0, 0, 0)
     statistics |= {"oversize_allocations": nothing, "oversize_segments": nothing, "max_split_size": -1}
-    statistics |= {"num_ooms": ledger.ooms, "num_alloc_retries": 0, "num_sync_all_streams": 0}
-    statistics |= {"num_device_alloc": ledger.allocations, "num_device_free": ledger.frees}
+    statistics |= {"num_ooms": gpu.ooms, "num_alloc_retries": 0, "num_sync_all_streams": 0}
+    statistics |= {"num_device_alloc": gpu.allocations, "num_device_free": gpu.frees}
     return statistics
 
 
@@ -196,20 +186,19 @@ def patch_memory(patches: Patches, ledger: Ledger) -> None:
 
     def mem_get_info(device: Any = None) -> tuple[int, int]:
         """Return the global free and total GPU memory."""
-        ordinal(device)
-        return _Runtime(ledger).cudaMemGetInfo()
+        return _Runtime(ledger).cudaMemGetInfo(max(0, ordinal(device)))
 
     def reset_peak(device: int = 0) -> None:
-        if ledger._card is not None:
-            ledger._card.reset_peak()
+        ledger.gpus()[device].card.reset_peak()
 
     def set_fraction(fraction: float, device: int = 0) -> None:
-        ledger.fraction = fraction
+        ledger.gpu(device).fraction = fraction
 
     def list_gpu_processes(device: Any = None) -> str:
         """Return a human-readable printout of the running processes and their GPU memory use."""
-        lines = [f"GPU:{max(0, ordinal(device))}"]
-        processes = [(pid, held) for pid, held in ledger.description().processes() if held]
+        index = max(0, ordinal(device))
+        lines = [f"GPU:{index}"]
+        processes = [(pid, held) for pid, held in ledger.gpus()[index].card.processes() if held]
         lines += [f"process {pid:>10d} uses {held / (1 << 20):>12.3f} MB GPU memory" for pid, held in processes]
         return "\n".join(lines if processes else [*lines, "no processes are running"])
 
@@ -217,13 +206,13 @@ def patch_memory(patches: Patches, ledger: Ledger) -> None:
         raise RuntimeError("the simulated GPU has no addresses to hand out: caching_allocator_alloc() is not simulated")
 
     for name, value in {
-        "_cuda_memoryStats": lambda device=0: _statistics(ledger),
+        "_cuda_memoryStats": lambda device=0: _statistics(ledger, device),
         "_cuda_resetPeakMemoryStats": reset_peak,
         "_cuda_resetAccumulatedMemoryStats": lambda device=0: None,
         "_cuda_emptyCache": lambda: None,
         "_cuda_memorySnapshot": lambda *args: {"segments": [], "device_traces": []},
         "_cuda_setMemoryFraction": set_fraction,
-        "_cuda_getMemoryFraction": lambda device=0: ledger.fraction,
+        "_cuda_getMemoryFraction": lambda device=0: ledger.gpus()[device].fraction,
         "_cuda_cudaCachingAllocator_raw_alloc": raw_allocation,
         "_cuda_cudaCachingAllocator_raw_delete": lambda pointer: None,
         "_cuda_getAllocatorBackend": lambda: "native",
@@ -239,7 +228,7 @@ def patch_memory(patches: Patches, ledger: Ledger) -> None:
 
 
 def patch_random(patches: Patches, ledger: Ledger) -> None:
-    """The GPU's random numbers are the CPU's: one generator, so that a program computes the same as without a GPU."""
+    """The GPUs' random numbers are the CPU's: one generator, so that a program computes the same as without a GPU."""
     generator = torch.default_generator
 
     def get_rng_state(device: Any = "cuda") -> Any:
@@ -268,7 +257,7 @@ def patch_random(patches: Patches, ledger: Ledger) -> None:
     # One function a name: the compiler has rules by function, and accepts no function under two of them.
     functions = {
         "get_rng_state": get_rng_state,
-        "get_rng_state_all": lambda: [generator.get_state()],
+        "get_rng_state_all": lambda: [generator.get_state() for _ in range(places.count())],
         "set_rng_state": set_rng_state,
         "set_rng_state_all": set_rng_state_all,
         "manual_seed": manual_seed,
@@ -280,7 +269,17 @@ def patch_random(patches: Patches, ledger: Ledger) -> None:
     for name, function in functions.items():
         patches.set(cuda, name, function)
         patches.set(cuda.random, name, function)
-    patches.set(cuda, "default_generators", (generator,))
+    patches.set(cuda, "default_generators", _Generators())
+
+
+class _Generators(Sequence[Any]):
+    """One a GPU."""
+
+    def __len__(self) -> int:
+        return places.count()
+
+    def __getitem__(self, index: Any) -> Any:
+        return ((torch.default_generator,) * len(self))[index]
 
 
 # --- the accelerator, whatever it is --------------------------------------------------------------------------------
@@ -293,20 +292,20 @@ def patch_accelerator(patches: Patches, ledger: Ledger) -> None:
     functions = {
         "_get_accelerator": lambda check=None: kind,
         "_accelerator_getAccelerator": lambda: kind,
-        "_accelerator_getDeviceIndex": lambda: 0,
-        "_accelerator_setDeviceIndex": lambda index: max(0, ordinal(index)),
-        "_accelerator_exchangeDevice": lambda index: max(0, ordinal(index)),
-        "_accelerator_maybeExchangeDevice": lambda index: max(0, ordinal(index)),
-        "_accelerator_getStream": lambda index=0: cuda.current_stream(),
+        "_accelerator_getDeviceIndex": lambda: places.current(),
+        "_accelerator_setDeviceIndex": lambda index: places.choose(index) and None,
+        "_accelerator_exchangeDevice": lambda index: places.choose(index),
+        "_accelerator_maybeExchangeDevice": lambda index: places.choose(index),
+        "_accelerator_getStream": lambda index=None: cuda.current_stream(index),
         "_accelerator_setStream": lambda stream: cuda.set_stream(stream),
-        "_accelerator_synchronizeDevice": lambda index=0: cuda.synchronize() if cuda.is_initialized() else None,
+        "_accelerator_synchronizeDevice": lambda index=None: cuda.synchronize(index) if cuda.is_initialized() else None,
         "_accelerator_isAllocatorInitialized": lambda: cuda.is_initialized(),
         "_accelerator_emptyCache": lambda: None,
         "_accelerator_emptyHostCache": lambda: None,
-        "_accelerator_getDeviceStats": lambda index=0: _statistics(ledger),
+        "_accelerator_getDeviceStats": lambda index=0: _statistics(ledger, index),
         "_accelerator_resetAccumulatedStats": lambda index=0: None,
         "_accelerator_resetPeakStats": lambda index=0: torch._C._cuda_resetPeakMemoryStats(index),
-        "_accelerator_getMemoryInfo": lambda index=0: cuda.mem_get_info(),
+        "_accelerator_getMemoryInfo": lambda index=None: cuda.mem_get_info(index),
     }
     for name, function in functions.items():
         if hasattr(torch._C, name):

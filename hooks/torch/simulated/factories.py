@@ -11,9 +11,10 @@ from torch.overrides import handle_torch_function, has_torch_function, has_torch
 
 from acb.hooks.torch.patching import Patches
 from acb.hooks.torch.simulated import dispatch
-from acb.hooks.torch.simulated.compute import CPU, CUDA, CudaGenerator
+from acb.hooks.torch.simulated.compute import CudaGenerator
 from acb.hooks.torch.simulated.ledger import Ledger
-from acb.hooks.torch.simulated.tensors import LEGACY_DTYPES, device_of, legacy_type
+from acb.hooks.torch.simulated.places import CPU, CUDA, current, device_of
+from acb.hooks.torch.simulated.tensors import LEGACY_DTYPES, legacy_type
 
 _Base: Any = torch._C.TensorBase
 _Tensor: Any = torch.Tensor
@@ -59,7 +60,7 @@ def patch_tensor(patches: Patches, ledger: Ledger) -> None:
         else:
             dispatch.enter(ledger)
             kwargs.pop("pin_memory", None)
-            made = torch.ops.aten._to_copy.default(tensor_(data, dtype=dtype, device=CPU, **kwargs), device=CUDA)
+            made = torch.ops.aten._to_copy.default(tensor_(data, dtype=dtype, device=CPU, **kwargs), device=device)
         return made.requires_grad_() if requires_grad else made
 
     @functools.wraps(as_tensor_)
@@ -71,7 +72,7 @@ def patch_tensor(patches: Patches, ledger: Ledger) -> None:
             return data.to(data.device if device is None else device, dtype or data.dtype)
         if device is None or device.type != "cuda":
             return as_tensor_(data, dtype=dtype, device=device)
-        return as_tensor_(data, dtype=dtype, device=CPU).to(CUDA)
+        return as_tensor_(data, dtype=dtype, device=CPU).to(device)
 
     @functools.wraps(asarray_)
     def asarray(
@@ -119,7 +120,7 @@ def patch_new_tensor(patches: Patches, ledger: Ledger) -> None:
         device = self.device if device is None else device_of(device)
         if device.type != "cuda" or self.layout is not torch.strided:
             return new_(self, *args, **kwargs)
-        return _legacy_new(self.dtype, args)
+        return _legacy_new(self.dtype, args, device)
 
     patches.set(_Tensor, "new_tensor", new_tensor)
     patches.set(_Tensor, "new", new)
@@ -134,9 +135,9 @@ def patch_sparse(patches: Patches, ledger: Ledger) -> None:
             device = None if device is None else device_of(device)
             if device is None or device.type != "cuda":
                 return original(*args, **kwargs) if device is None else original(*args, device=device, **kwargs)
-            args = tuple(value.to(CUDA) if isinstance(value, _Tensor) else value for value in args)
+            args = tuple(value.to(device) if isinstance(value, _Tensor) else value for value in args)
             made = original(*args, **kwargs)
-            return made if ledger.entry(made) is not None else made.to(CUDA)
+            return made if ledger.entry(made) is not None else made.to(device)
 
         return sparse
 
@@ -187,7 +188,7 @@ class _GeneratorType(type):
 
     def __call__(cls, device: Any = "cpu") -> Any:
         device = device_of(device)
-        return CudaGenerator() if device.type == "cuda" else torch._C.Generator(device=device)
+        return CudaGenerator(device.index) if device.type == "cuda" else torch._C.Generator(device=device)
 
     def __instancecheck__(cls, value: Any) -> bool:
         return isinstance(value, torch._C.Generator)
@@ -208,16 +209,16 @@ def patch_generator(patches: Patches, ledger: Ledger) -> None:
 # --- legacy constructors --------------------------------------------------------------------------------------------
 
 
-def _legacy_new(dtype: Any, args: Any) -> Any:
+def _legacy_new(dtype: Any, args: Any, device: Any) -> Any:
     """What ``torch.cuda.FloatTensor(*args)`` makes: uninitialised of some size, or from data."""
     if not args:
-        return torch.empty(0, dtype=dtype, device=CUDA)
+        return torch.empty(0, dtype=dtype, device=device)
     first = args[0]
     if isinstance(first, _Tensor):
-        return first.to(CUDA, dtype)
+        return first.to(device, dtype)
     if isinstance(first, (int, torch.Size)):
-        return torch.empty(first if isinstance(first, torch.Size) else args, dtype=dtype, device=CUDA)
-    return torch.tensor(first, dtype=dtype, device=CUDA)
+        return torch.empty(first if isinstance(first, torch.Size) else args, dtype=dtype, device=device)
+    return torch.tensor(first, dtype=dtype, device=device)
 
 
 class _LegacyType(type):
@@ -227,7 +228,7 @@ class _LegacyType(type):
     is_cuda = True
 
     def __call__(cls, *args: Any) -> Any:
-        return _legacy_new(cls.dtype, args)
+        return _legacy_new(cls.dtype, args, CUDA[current()])
 
     def __instancecheck__(cls, value: Any) -> bool:
         return isinstance(value, _Tensor) and value.is_cuda and value.dtype == cls.dtype

@@ -110,6 +110,11 @@ def _is_view(schema: Any) -> bool:
 _known: dict[Any, Operation] = {}
 
 
+def known() -> list[Operation]:
+    """Every operation that this process has used."""
+    return list(_known.values())
+
+
 def describe(func: Any) -> Operation:
     """What is known of `func`."""
     operation = _known.get(func)

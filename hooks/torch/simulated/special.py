@@ -6,9 +6,25 @@ from typing import Any
 
 import torch
 
-from acb.hooks.torch.simulated.compute import CPU, check_ordinal, find, pin, pinned, run, take_aboard
-from acb.hooks.torch.simulated.ledger import Ledger, check
+from acb.hooks.torch.simulated import places
+from acb.hooks.torch.simulated.compute import find, pin, pinned, run, take_aboard
+from acb.hooks.torch.simulated.ledger import Gpu, Ledger, check
 from acb.hooks.torch.simulated.operations import Operation
+
+
+def _transfer(source: Gpu | None, target: Gpu | None, func: Any, operation: Operation, args: Any, kwargs: Any) -> Any:
+    """Run a copy between two places, of which None is the host, as an operation of both that crosses the bus."""
+    gpu = source or target
+    assert gpu is not None
+    if source is target:
+        return run(gpu, func, operation, args, kwargs)
+    if source is None or target is None:
+        out = run(gpu, func, operation, args, kwargs)
+    else:
+        with target.card.operation(operation.name):
+            out = run(source, func, operation, args, kwargs)
+    gpu.card.copied(out.numel() * out.element_size())
+    return out
 
 
 def _copy_(ledger: Ledger, func: Any, operation: Operation, args: Any, kwargs: Any) -> Any:
@@ -21,12 +37,15 @@ def _copy_(ledger: Ledger, func: Any, operation: Operation, args: Any, kwargs: A
         if entry is not None and entry.state:
             check(entry, operation.name)
     if there is None and ledger.floats(destination):
-        take_aboard(ledger, destination)
+        assert here is not None
+        take_aboard(ledger, destination, here.gpu)
+        there = here
     elif here is None and ledger.floats(source):
-        take_aboard(ledger, source)
-    elif (there is None) != (here is None):
-        ledger.card().copied(destination.numel() * destination.element_size())
-    return run(ledger, func, operation, args, kwargs)
+        assert there is not None
+        take_aboard(ledger, source, there.gpu)
+        here = there
+    from_gpu, to_gpu = (None if entry is None else entry.gpu for entry in (here, there))
+    return _transfer(from_gpu, to_gpu, func, operation, args, kwargs)
 
 
 def _to_copy(ledger: Ledger, func: Any, operation: Operation, args: Any, kwargs: Any) -> Any:
@@ -38,26 +57,22 @@ def _to_copy(ledger: Ledger, func: Any, operation: Operation, args: Any, kwargs:
         check(here, operation.name)
     if device is not None and device.type not in ("cuda", "cpu"):
         return func(*args, **kwargs)
+    source = target = None if here is None else here.gpu
     if device is not None and device.type == "cuda":
-        check_ordinal(device)
-        kwargs = {**kwargs, "device": CPU}
-        to_card = True
+        target = ledger.gpu(places.index_of(device))
+        kwargs = {**kwargs, "device": places.CPU}
     elif device is not None and to_pin is not None:
-        to_card = False
-    else:
-        to_card = here is not None
+        target = None
     if to_pin:
         kwargs = {**kwargs, "pin_memory": False}
-    if here is None and not to_card:
+    if source is None and target is None:
         out = func(*args, **kwargs)
         if ledger.entries and (device is not None or ledger.floats(args[0])) and to_pin is None:
             ledger.float_storage(out)  # C++ code has copied it to where some other tensor is
     else:
-        out = run(ledger, func, operation, args, kwargs)
-        if (here is not None) != to_card:
-            ledger.card().copied(out.numel() * out.element_size())
-    if to_card:
-        error = ledger.put(out)
+        out = _transfer(source, target, func, operation, args, kwargs)
+    if target is not None:
+        error = ledger.put(out, target)
         if error is not None:
             del out
             try:
@@ -71,11 +86,11 @@ def _to_copy(ledger: Ledger, func: Any, operation: Operation, args: Any, kwargs:
 
 def _pack_padded_sequence(ledger: Ledger, func: Any, operation: Operation, args: Any, kwargs: Any) -> Any:
     """The batch sizes that come with packed data are always on the host."""
-    if ledger.entry(args[0]) is None:
+    gpu = find(ledger, operation, args, kwargs).gpu
+    if gpu is None or ledger.entry(args[0]) is None:
         return func(*args, **kwargs)
-    find(ledger, operation, args, kwargs)
-    data, batch_sizes = run(ledger, func, operation, args, kwargs)
-    error = ledger.put(data)
+    data, batch_sizes = run(gpu, func, operation, args, kwargs)
+    error = ledger.put(data, gpu)
     if error is not None:
         del data
         try:

@@ -1,16 +1,16 @@
-"""Storages: how memory moves on and off the card below tensors, which is also how evacuation moves it."""
+"""Storages: how memory moves on and off the cards below tensors, which is also how evacuation moves it."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
 import torch
 
 from acb.hooks.torch.patching import Patches
-from acb.hooks.torch.simulated.compute import CUDA
 from acb.hooks.torch.simulated.ledger import Ledger, check, own_thread
-from acb.hooks.torch.simulated.tensors import device_of
+from acb.hooks.torch.simulated.places import device_of
 
 _Base: Any = torch._C.StorageBase
 _Storage: Any = torch.UntypedStorage
@@ -21,7 +21,8 @@ def patch_attributes(patches: Patches, ledger: Ledger) -> None:
     original = vars(_Base)["device"].__get__
 
     def device(self: Any) -> Any:
-        return CUDA if self._cdata in ledger.entries else original(self)
+        entry = ledger.entries.get(self._cdata)
+        return original(self) if entry is None else entry.gpu.device
 
     patches.set(_Storage, "device", property(device))
 
@@ -34,9 +35,9 @@ def patch_new(patches: Patches, ledger: Ledger) -> None:
         device = None if device is None else device_of(device)
         if device is None or device.type != "cuda":
             return original(cls, *args, **kwargs) if device is None else original(cls, *args, device=device, **kwargs)
-        ledger.card()
+        gpu = ledger.gpu(device.index)
         storage = original(cls, *args, **kwargs)
-        error = ledger.put_storage(storage, storage._cdata)
+        error = ledger.put_storage(storage, storage._cdata, gpu)
         if error is not None:
             del storage
             try:
@@ -82,21 +83,21 @@ def patch_copy(patches: Patches, ledger: Ledger) -> None:
 
     @functools.wraps(original)
     def copy_(self: Any, source: Any, non_blocking: Any = None) -> Any:
-        here, there = ledger.entries.get(getattr(source, "_cdata", 0)), ledger.entries.get(self._cdata)
-        if here is None and there is None:
+        found = [ledger.entries.get(getattr(storage, "_cdata", 0)) for storage in (self, source)]
+        entries = [entry for entry in found if entry is not None]
+        if not entries:
             return original(self, source, bool(non_blocking))
-        for entry in (here, there):
-            if entry is not None and entry.state:
+        for entry in entries:
+            if entry.state:
                 check(entry, "UntypedStorage.copy_")
-        card = ledger.card()
-        with torch._C._DisableTorchDispatch():
-            if own_thread():
-                original(self, source, False)
-            else:
-                with card.operation("storage.copy_"):
-                    original(self, source, False)
-        if (here is None) != (there is None):
-            card.copied(_Base.nbytes(source))
+        gpus = {entry.gpu for entry in entries}
+        with torch._C._DisableTorchDispatch(), contextlib.ExitStack() as stack:
+            if not own_thread():
+                for gpu in gpus:
+                    stack.enter_context(gpu.card.operation("storage.copy_"))
+            original(self, source, False)
+        if len(entries) == 1 or len(gpus) == 2:
+            entries[0].gpu.card.copied(_Base.nbytes(source))
         return self
 
     patches.set(_Storage, "copy_", copy_)
@@ -112,7 +113,7 @@ def patch_access(patches: Patches, ledger: Ledger) -> None:
             if entry is None:
                 return original(self, *args, **kwargs)
             check(entry, f"UntypedStorage.{name}")
-            with ledger.card().operation(f"storage.{name}"):
+            with entry.gpu.card.operation(f"storage.{name}"):
                 return original(self, *args, **kwargs)
 
         return access

@@ -1,4 +1,4 @@
-"""Streams, events and graphs of the simulated GPU, whose operations are all done when they return."""
+"""Streams, events and graphs of the simulated GPUs, whose operations are all done when they return."""
 
 from __future__ import annotations
 
@@ -9,24 +9,30 @@ from typing import Any
 import torch
 
 from acb.hooks.torch.patching import Patches
-from acb.hooks.torch.simulated.compute import CUDA
+from acb.hooks.torch.simulated import places
 from acb.hooks.torch.simulated.ledger import Ledger
-from acb.hooks.torch.simulated.tensors import device_of
 
 
 class Stream:
-    """A stream, as in CUDA; 0 is the default one."""
+    """A stream of one GPU, as in CUDA; 0 is the default one."""
 
     _made = 0
-    device_index = 0
+    device_index: int
     device_type = 1
     priority: int
 
-    def __new__(cls, device: Any = None, priority: int = 0, stream_id: int | None = None, **kwargs: Any) -> Stream:
-        if device is not None:
-            device_of(device)
+    def __new__(
+        cls,
+        device: Any = None,
+        priority: int = 0,
+        stream_id: int | None = None,
+        device_index: int | None = None,
+        **kwargs: Any,
+    ) -> Stream:
+        index = places.ordinal(device if device_index is None else device_index)
         torch.cuda._lazy_init()
         self = super().__new__(cls)
+        self.device_index = max(0, index)
         if stream_id is None:
             Stream._made += 1
             stream_id = Stream._made
@@ -36,7 +42,11 @@ class Stream:
 
     stream_id: int
     cuda_stream: int
-    device = CUDA
+
+    @property
+    def device(self) -> Any:
+        """Whose stream it is."""
+        return places.CUDA[self.device_index]
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
@@ -67,17 +77,19 @@ class Stream:
         return False
 
     def __enter__(self) -> Stream:
-        _current.stack.append(self)
+        _current.enter(self)
         return self
 
     def __exit__(self, *error: object) -> None:
-        _current.stack.pop()
+        _current.leave()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Stream) and other.stream_id == self.stream_id
+        return (
+            isinstance(other, Stream) and other.stream_id == self.stream_id and other.device_index == self.device_index
+        )
 
     def __hash__(self) -> int:
-        return hash(self.stream_id)
+        return hash((self.stream_id, self.device_index))
 
     def __repr__(self) -> str:
         return f"<torch.cuda.Stream device={self.device} cuda_stream={self.cuda_stream:#x}>"
@@ -94,7 +106,7 @@ class ExternalStream(Stream):
 class Event:
     """A moment in a stream."""
 
-    device = CUDA
+    device: Any = None
 
     def __new__(
         cls, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False, external: bool = False
@@ -110,6 +122,7 @@ class Event:
 
     def record(self, stream: Any = None) -> None:
         """Record the event in a given stream."""
+        self.device = (current_stream() if stream is None else stream).device
         self._at = time.perf_counter()
 
     def wait(self, stream: Any = None) -> None:
@@ -139,10 +152,23 @@ class Event:
 
 
 class _Current(threading.local):
-    """The streams that this thread has chosen, the present one last."""
+    """The streams that this thread has chosen, by the GPU's index, and what to go back to."""
 
     def __init__(self) -> None:
-        self.stack: list[Stream] = []
+        self.streams: dict[int, Stream | None] = {}
+        self._before: list[tuple[int, int, Stream | None]] = []
+
+    def enter(self, stream: Stream) -> None:
+        """Choose a stream, and its GPU, for now."""
+        index = stream.device_index
+        self._before.append((places.choose(index), index, self.streams.get(index)))
+        self.streams[index] = stream
+
+    def leave(self) -> None:
+        """Go back to what was chosen before."""
+        current, index, stream = self._before.pop()
+        self.streams[index] = stream
+        places.choose(current)
 
 
 _current = _Current()
@@ -156,27 +182,29 @@ class StreamContext:
 
     def __enter__(self) -> None:
         if self.stream is not None:
-            _current.stack.append(self.stream)
+            _current.enter(self.stream)
 
     def __exit__(self, *error: object) -> None:
         if self.stream is not None:
-            _current.stack.pop()
+            _current.leave()
 
 
 def current_stream(device: Any = None) -> Stream:
     """Return the currently selected stream."""
-    return _current.stack[-1] if _current.stack else Stream(stream_id=0)
+    index = places.ordinal(device)
+    return _current.streams.get(index) or Stream(device_index=index, stream_id=0)
 
 
 def default_stream(device: Any = None) -> Stream:
     """Return the default stream."""
-    return Stream(stream_id=0)
+    return Stream(device, stream_id=0)
 
 
 def set_stream(stream: Stream | None) -> None:
     """Set the current stream."""
     if stream is not None:
-        _current.stack[-1:] = [stream]
+        places.choose(stream.device_index)
+        _current.streams[stream.device_index] = stream
 
 
 def _no_graphs(*args: Any, **kwargs: Any) -> Any:

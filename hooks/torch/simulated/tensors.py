@@ -9,26 +9,13 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from acb.hooks.torch.patching import Patches
-from acb.hooks.torch.simulated import compute, dispatch
-from acb.hooks.torch.simulated.compute import CPU, CUDA
-from acb.hooks.torch.simulated.ledger import NO_STORAGE, Ledger, address, check
+from acb.hooks.torch.simulated import compute, dispatch, places
+from acb.hooks.torch.simulated.ledger import NO_STORAGE, Entry, Ledger, address, check
+from acb.hooks.torch.simulated.places import CPU, CUDA, device_of
 
 _Base: Any = torch._C.TensorBase
 _Tensor: Any = torch.Tensor
 _preserve = torch.preserve_format
-
-
-def device_of(value: Any) -> Any:
-    """A device from how a program may write it: a device, a name, an ordinal of a GPU."""
-    if isinstance(value, torch.device):
-        device = value
-    elif isinstance(value, int) and not isinstance(value, bool):
-        device = torch.device("cuda", value)
-    else:
-        device = torch.device(value)
-    if device.type == "cuda":
-        compute.check_ordinal(device)
-    return device
 
 
 def legacy_type(name: str) -> tuple[Any, Any] | None:
@@ -37,7 +24,7 @@ def legacy_type(name: str) -> tuple[Any, Any] | None:
     dtype = LEGACY_DTYPES.get(kind)
     if dtype is None or prefix not in ("torch", "torch.cuda"):
         return None
-    return (CUDA if prefix == "torch.cuda" else CPU), dtype
+    return (CUDA[places.current()] if prefix == "torch.cuda" else CPU), dtype
 
 
 LEGACY_DTYPES = {
@@ -58,53 +45,52 @@ LEGACY_DTYPES = {
 
 
 class _Move(torch.autograd.Function):  # type: ignore[misc]
-    """A copy to the other device whose gradient comes back; to PyTorch itself both are on the CPU."""
+    """A copy to another device whose gradient comes back; to PyTorch itself both are on the CPU."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(tensor: Any, to_card: bool, memory_format: Any) -> Any:
-        return _copy(tensor, to_card, memory_format)
+    def forward(tensor: Any, source: Any, target: Any, memory_format: Any) -> Any:
+        return _copy(tensor, target, memory_format)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.to_card = inputs[1]
+        _, ctx.source, ctx.target, _ = inputs
 
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:
-        return move(gradient, not ctx.to_card), None, None
+        return move(gradient, ctx.target, ctx.source), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Any, *_: Any) -> Any:
-        return move(tangent, ctx.to_card)
+        return move(tangent, ctx.source, ctx.target)
 
 
-def _copy(tensor: Any, to_card: bool, memory_format: Any) -> Any:
+def _copy(tensor: Any, target: Any, memory_format: Any) -> Any:
     kwargs = {"memory_format": memory_format} if memory_format is not None else {}
-    if to_card:
-        return torch.ops.aten._to_copy.default(tensor, device=CUDA, **kwargs)
+    if target is not CPU and target.type == "cuda":
+        return torch.ops.aten._to_copy.default(tensor, device=target, **kwargs)
     return torch.ops.aten._to_copy.default(tensor, device=CPU, pin_memory=False, **kwargs)
 
 
-def move(tensor: Any, to_card: bool, memory_format: Any = None) -> Any:
-    """A copy of a tensor on the card, or on the host."""
+def move(tensor: Any, source: Any, target: Any, memory_format: Any = None) -> Any:
+    """A copy on the device `target` of a tensor on `source`."""
     with_gradient = torch._C.is_grad_enabled() and tensor.requires_grad
     if with_gradient or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return _Move.apply(tensor, to_card, memory_format)
-    return _copy(tensor, to_card, memory_format)
+        return _Move.apply(tensor, source, target, memory_format)
+    return _copy(tensor, target, memory_format)
 
 
 def patch_moves(patches: Patches, ledger: Ledger) -> None:
     """Tensor.to(), .cuda(), .cpu()."""
     original = _Base.to
 
-    def transfer(tensor: Any, device: Any, dtype: Any, memory_format: Any) -> Any:
-        """To the other of host and card, and to another dtype, which the host's side of the copy sees to."""
+    def transfer(tensor: Any, source: Any, target: Any, dtype: Any, memory_format: Any) -> Any:
+        """To another device, and to another dtype, which the host's side of the copy sees to."""
         dispatch.enter(ledger)
-        to_card = device.type == "cuda"
-        if to_card and dtype is not None and dtype is not tensor.dtype:
-            return move(original(tensor, dtype), True, memory_format)
-        moved = move(tensor, to_card, memory_format)
+        if target is not CPU and dtype is not None and dtype is not tensor.dtype:
+            return move(original(tensor, dtype), source, target, memory_format)
+        moved = move(tensor, source, target, memory_format)
         return moved if dtype is None else original(moved, dtype)
 
     @functools.wraps(original)
@@ -128,25 +114,25 @@ def patch_moves(patches: Patches, ledger: Ledger) -> None:
         # Left in `rest` and `kwargs`: non_blocking, copy, memory_format.
         if device is not None:
             device = device_of(device)
-            if device.type not in ("cpu", "cuda"):
+            if device is not CPU and device.type != "cuda":
                 return original(self, device, dtype or self.dtype, *rest, **kwargs)
-            here = "cuda" if ledger.entry(self) is not None else self.device.type
-            if here == "meta":
-                if device.type == "cuda":
+            here = self.device
+            if here != device:
+                if here.type != "meta":
+                    return transfer(self, here, device, dtype, kwargs.get("memory_format"))
+                if device is not CPU:
                     raise NotImplementedError(
                         "Cannot copy out of meta tensor; no data! Please use torch.nn.Module.to_empty() instead of "
                         "torch.nn.Module.to() when moving module from meta to a different device."
                     )
                 return original(self, device, dtype or self.dtype, *rest, **kwargs)
-            if here != device.type:
-                return transfer(self, device, dtype, kwargs.get("memory_format"))
         return original(self, dtype or self.dtype, *rest, **kwargs)
 
     @functools.wraps(_Base.cuda)
     def cuda(self: Any, device: Any = None, non_blocking: bool = False, memory_format: Any = _preserve) -> Any:
         if has_torch_function_unary(self):
             return handle_torch_function(_Tensor.cuda, (self,), self, device, non_blocking, memory_format)
-        return to(self, CUDA if device is None else device_of(device), memory_format=memory_format)
+        return to(self, device_of("cuda" if device is None else device), memory_format=memory_format)
 
     @functools.wraps(_Base.cpu)
     def cpu(self: Any, memory_format: Any = _preserve) -> Any:
@@ -197,7 +183,7 @@ def patch_reading(patches: Patches, ledger: Ledger) -> None:
         if force:
             return self.detach().cpu().resolve_conj().resolve_neg().numpy()
         raise TypeError(
-            "can't convert cuda:0 device type tensor to numpy. "
+            f"can't convert {self.device} device type tensor to numpy. "
             "Use Tensor.cpu() to copy the tensor to host memory first."
         )
 
@@ -223,7 +209,7 @@ def patch_repr(patches: Patches, ledger: Ledger) -> None:
         if entry is None:
             return original(self, *args, **kwargs)
         check(entry, "repr")
-        with ledger.card().operation("aten.repr"):
+        with entry.gpu.card.operation("aten.repr"):
             return original(self, *args, **kwargs)
 
     patches.set(tensor_str, "_str", _str)
@@ -301,25 +287,27 @@ def patch_attributes(patches: Patches, ledger: Ledger) -> None:
     device_, is_cuda_, is_cpu_ = (vars(_Base)[name].__get__ for name in ("device", "is_cuda", "is_cpu"))
     get_device_ = _Base.get_device
 
-    def on_card(tensor: Any) -> bool:
+    def found(tensor: Any) -> Entry | None:
         if not entries:
-            return False
+            return None
         try:
-            return address(tensor) in entries
+            return entries.get(address(tensor))
         except NO_STORAGE:
-            return ledger.entry(tensor) is not None
+            return ledger.entry(tensor)
 
     def device(self: Any) -> Any:
-        return CUDA if on_card(self) else device_(self)
+        entry = found(self)
+        return device_(self) if entry is None else entry.gpu.device
 
     def is_cuda(self: Any) -> bool:
-        return on_card(self) or is_cuda_(self)
+        return found(self) is not None or is_cuda_(self)
 
     def is_cpu(self: Any) -> bool:
-        return is_cpu_(self) and not on_card(self)
+        return is_cpu_(self) and found(self) is None
 
     def get_device(self: Any) -> int:
-        return 0 if on_card(self) else int(get_device_(self))
+        entry = found(self)
+        return int(get_device_(self)) if entry is None else entry.gpu.index
 
     for function in (device, is_cuda, is_cpu):
         patches.set(_Tensor, function.__name__, property(function))

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--simulate-gpus",
         metavar="NxSIZE",
         type=argument(parse_simulated),
-        default=SimulatedSpec(1, 512 << 20),
+        default=SimulatedSpec((512 << 20,)),
         help="the simulated GPU (default: %(default)s)",
     )
 

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from acb.cli.acb.demo.progress import Progress
-from acb.config import EX_UNAVAILABLE, ConfigError, SimulatedSpec, format_size
+from acb.config import EX_UNAVAILABLE, ConfigError, SimulatedSpec, describe_simulated, format_size
 
 OUT_OF_MEMORY = ("OutOfMemoryError", "RESOURCE_EXHAUSTED")
 """What PyTorch's and JAX's out-of-memory errors say."""
@@ -36,7 +36,7 @@ class Stage:
     def __init__(self, out: Path, spec: SimulatedSpec) -> None:
         self.out = out
         self.spec = spec
-        self.gpu_words = f"{spec.count} simulated GPU{'s' * (spec.count > 1)} of {format_size(spec.capacity)}"
+        self.gpu_words = describe_simulated(spec.capacities)
         self._runtime = tempfile.mkdtemp(prefix="acb-demo-")
         self.environment = {**os.environ, **ONE_THREAD, "ACB_RUNTIME_DIR": self._runtime}
         self.environment["ACB_STATE_DIR"] = self._runtime
