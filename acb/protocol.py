@@ -78,7 +78,8 @@ class Request(Message):
 class Yield(Message):
     """The client gives its lease back; `resident` bytes of it still lie on the GPU.
 
-    `peak` is the most it held under this lease; `wants` says that a thread already waits for the next lease.
+    `peak` is the most it held under this lease; `wants` says that a thread already waits for the next lease. `phase` is
+    how long, in seconds, the last run of regions was, with no long gap in it; -1: not known.
     """
 
     type: ClassVar[str] = "yield"
@@ -86,6 +87,7 @@ class Yield(Message):
     peak: int = 0
     wants: bool = False
     cause: str = ""
+    phase: float = -1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from typing import Any
 from acb.broker import invariants
 from acb.broker.learning import Profile, Programs
 from acb.broker.policies import Policy
-from acb.broker.room import Room
+from acb.broker.room import STEADY, Room
 from acb.broker.schedule import Scheduler
 from acb.broker.state import Client, Gpu, Send, Unit
 from acb.protocol import (
@@ -228,10 +228,8 @@ class Broker:
     def _leave(self, client: Client, now: float) -> None:
         """It is gone: nothing of it remains, but what was learned."""
         unit, gpus = client.unit, client.gpus
-        if client.lease:
-            client.leased_seconds += now - client.granted_at
-        if client.peak and now > client.came_at:
-            client.profile.ended(client.peak, min(1.0, client.leased_seconds / (now - client.came_at)))
+        if client.peak and client.steady < STEADY:
+            client.profile.settled(client.peak)
         client.lease = client.waiting = False
         client.resident = 0
         self._room.settle(client)
@@ -294,15 +292,18 @@ class Broker:
         client.lease = client.revoked = False
         client.headroom, client.need, client.yielded_at, client.gap = 0, 0, now, not message.wants
         self._room.cannot_move(client, "")
-        client.leased_seconds += now - client.granted_at
-        client.phase_seconds += now - client.started_at
+        lease = now - client.started_at
+        client.phase_seconds += lease if message.phase < 0 else min(lease, message.phase)
         if not message.wants:
             client.profile.phase(client.phase_seconds)
             client.phase_seconds = 0.0
+            self.scheduler.weigh(unit)
         before = client.peak
         self._room.measure(client, message.resident, message.peak)
         self._room.settle(client)
         client.steady = client.steady + 1 if client.peak <= before else 0
+        if client.steady == STEADY:
+            client.profile.settled(client.peak)
         if client.room_wanted:
             client.room_wanted = 0
             self._send(client.id, RoomAnswer(False, "the lease was given back"))
@@ -354,6 +355,7 @@ class Broker:
     def _holds(self, client: Client, message: Holds, now: float) -> None:
         if client.lease and not client.evacuated:
             self._room.measure(client, message.resident, message.peak)
+            self.scheduler.touch(*client.gpus)  # what it has determines how long it is protected
 
     def _more_room(self, client: Client, message: MoreRoom, now: float) -> None:
         if not client.lease:

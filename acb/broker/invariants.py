@@ -43,7 +43,8 @@ def _gpu(gpu: Gpu, broker: Broker) -> None:
     assert gpu.holders == {c.id for c in clients if c.lease}, "holders and leases differ"
     assert len(gpu.units) <= gpu.slots, "more units than slots"
     assert all(c.unit in gpu.units for c in clients if c.lease), "a lease without a slot"
-    assert gpu.in_use == sum(c.claim for c in clients), "the books of memory are wrong"
+    sums = tuple(sum(column) for column in zip(*(c.books() for c in clients), strict=True)) or (0, 0, 0)
+    assert (gpu.in_use, gpu.left_behind, gpu.unmovable) == sums, "the books of memory are wrong"
     assert gpu.in_use <= gpu.capacity, "memory is promised twice"
     assert set(gpu.occupants) == {c.id for c in clients if c.claim}, "the list of occupants is wrong"
     assert abs(gpu.load - sum(unit.load for unit in {c.unit for c in broker.clients.values()} if gpu in unit.gpus)) < (
@@ -65,7 +66,7 @@ def _client(client: Client) -> None:
     assert not client.room_wanted or client.lease, "wants room without a lease"
     assert not client.waiting or client.unit.queued or client.unit.active, "waits in no line"
     assert not (client.unit.queued and client.unit.active), "waits in line and runs"
-    assert client.claimed == client.claim, "the client's memory is not booked"
+    assert client.booked == client.books(), "the client's memory is not booked"
     if client.unit.queued:
         assert client.unit.wanting(), "stands in line and does not want anything"
         for gpu in client.unit.gpus:

@@ -31,11 +31,12 @@ PROGRAMS = 500
 class Samples:
     """The last SAMPLES values, also in order."""
 
-    __slots__ = ("_last", "_sorted")
+    __slots__ = ("_last", "_sorted", "total")
 
     def __init__(self, values: Iterable[float] = ()) -> None:
         self._last: deque[float] = deque(maxlen=SAMPLES)
         self._sorted: list[float] = []
+        self.total = 0.0
         for value in values:
             self.add(value)
 
@@ -49,8 +50,14 @@ class Samples:
         """Take one in; the eldest goes."""
         if len(self._last) == SAMPLES:
             del self._sorted[bisect.bisect_left(self._sorted, self._last[0])]
+            self.total -= self._last[0]
         self._last.append(value)
+        self.total += value
         bisect.insort(self._sorted, value)
+
+    def mean(self) -> float | None:
+        """None with fewer than ENOUGH."""
+        return max(0.0, self.total) / len(self._last) if len(self._last) >= ENOUGH else None
 
     def percentile(self, percent: float) -> float | None:
         """The least sample that so many percent do not exceed (nearest rank); None with fewer than ENOUGH."""
@@ -62,9 +69,9 @@ class Samples:
 class Profile:
     """Of one program, or of one client, which falls back on its program's where it knows too little."""
 
-    __slots__ = ("gaps", "peaks", "phases", "program", "shares", "swaps")
+    __slots__ = ("gaps", "peaks", "phases", "program", "swaps")
 
-    FIELDS = ("phases", "gaps", "peaks", "swaps", "shares")
+    FIELDS = ("phases", "gaps", "peaks", "swaps")
 
     def __init__(self, program: Profile | None = None) -> None:
         self.program = program
@@ -73,11 +80,9 @@ class Profile:
         self.gaps = Samples()
         """Seconds between a lease given back and the next request."""
         self.peaks = Samples()
-        """Of a program: the most bytes of each run."""
+        """Of a program: the most bytes of each run, once that has settled."""
         self.swaps = Samples()
         """Seconds a byte, out and in again."""
-        self.shares = Samples()
-        """Of a program: the part of each run's time in which it held a lease."""
 
     def phase_seconds(self) -> float | None:
         """What nine of ten of its phases do not exceed; None: unknown."""
@@ -98,8 +103,11 @@ class Profile:
         return None if most is None or least is None or most > SPREAD * least else int(most)
 
     def share(self) -> float | None:
-        """The part of its time in which the program needs a GPU; None: unknown."""
-        return self._estimate("shares", 50)
+        """The part of its time in which the program would use a GPU, if it never had to wait; None: unknown."""
+        phase, gap = self.phases.mean(), self.gaps.mean()
+        if phase is None or gap is None:
+            return self.program.share() if self.program is not None else None
+        return phase / max(phase + gap, 1e-9)
 
     def swapped(self, nbytes: int, seconds: float) -> None:
         """Moving `nbytes` out and in again took `seconds`."""
@@ -114,10 +122,9 @@ class Profile:
         """The client did without the GPU for `seconds`."""
         self._add("gaps", seconds)
 
-    def ended(self, peak: int, share: float) -> None:
-        """A run of the program is over: its most bytes, and its share of GPU time."""
+    def settled(self, peak: int) -> None:
+        """A run of the program needs so many bytes, it seems."""
         self._add("peaks", peak)
-        self._add("shares", share)
 
     def _add(self, what: str, value: float) -> None:
         getattr(self, what).add(value)

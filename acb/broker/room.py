@@ -30,20 +30,22 @@ class Room:
 
     def settle(self, client: Client) -> None:
         """Book what the client counts for now on each of its GPUs."""
-        claim = client.claim
-        if claim == client.claimed:
+        books, before = client.books(), client.booked
+        if books == before:
             return
         for gpu in client.gpus:
-            gpu.in_use += claim - client.claimed
-            if claim:
+            gpu.in_use += books[0] - before[0]
+            gpu.left_behind += books[1] - before[1]
+            gpu.unmovable += books[2] - before[2]
+            if books[0]:
                 gpu.occupants[client.id] = client
             else:
                 gpu.occupants.pop(client.id, None)
-        client.claimed = claim
+        client.booked = books
 
     def free(self, gpu: Gpu, client: Client) -> int:
         """Bytes of the GPU that are neither occupied by others nor promised to them."""
-        return gpu.capacity - gpu.in_use + (client.claimed if gpu in client.gpus else 0)
+        return gpu.capacity - gpu.in_use + (client.booked[0] if gpu in client.gpus else 0)
 
     def measure(self, client: Client, resident: int, peak: int = 0) -> None:
         """Take in what a client says it holds, bounded by what can be there next to the others' memory."""
@@ -51,6 +53,7 @@ class Room:
         if not gpus:
             return
         capacity = min(gpu.capacity for gpu in gpus)
+        client.measured = True
         client.resident = min(max(0, resident), *(self.free(gpu, client) for gpu in gpus))
         client.peak = max(client.peak, client.resident, min(peak, capacity))
         # When only a part could be restored, that part is not in host memory any more; in all it fits the GPU.
@@ -64,12 +67,14 @@ class Room:
             self.unmovable[client.id] = client
         else:
             self.unmovable.pop(client.id, None)
+        self.settle(client)
 
     def host_memory_freed(self) -> list[Gpu]:
         """Host memory may be free again: who could not be evacuated may be asked once more. On these GPUs."""
         clients, self.unmovable = list(self.unmovable.values()), {}
         for client in clients:
             client.unmovable = ""
+            self.settle(client)
         return [gpu for client in clients for gpu in client.gpus]
 
     # --- needs ------------------------------------------------------------------------------------------------------
@@ -79,14 +84,8 @@ class Room:
 
         Nothing is known: the whole GPU, less what others cannot take with them when they are evacuated.
         """
-        left_behind = unmovable = 0
-        for other in gpu.occupants.values():
-            if other is client:
-                continue
-            if other.emptied:
-                left_behind += other.resident
-            elif other.unmovable and not other.lease:
-                unmovable += other.resident
+        own = client.booked if gpu in client.gpus else (0, 0, 0)
+        left_behind, unmovable = gpu.left_behind - own[1], gpu.unmovable - own[2]
         # Who cannot be moved may stay for ever: most of a GPU is better than waiting for all of it.
         if 2 * unmovable <= gpu.capacity:
             left_behind += unmovable

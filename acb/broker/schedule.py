@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from acb.broker.policies import Policy
-from acb.broker.policies.base import swap_seconds
+from acb.broker.policies.base import MAX_QUANTUM, swap_seconds
 from acb.broker.room import Room
 from acb.broker.state import Client, Gpu, Unit
 from acb.protocol import Grant, Message, Revoke, Uncontended
@@ -100,9 +100,21 @@ class Scheduler:
         """Choose GPUs: a single unit may still go elsewhere until it has been let in, several GPUs are for good."""
         floor = max((self._room.floor(client) for client in unit.members.values()), default=0)
         fitting = self._policy.gpus([gpu for gpu in self._gpus if gpu.capacity >= floor])
-        shares = [client.profile.share() for client in unit.members.values()]
-        unit.load = max([LEAST_LOAD, *(1.0 if share is None else share for share in shares)])
+        unit.load = self._expected_load(unit)
         self.place(unit, sorted(fitting[: unit.size], key=lambda gpu: gpu.ordinal), bound=unit.size > 1)
+
+    @staticmethod
+    def _expected_load(unit: Unit) -> float:
+        shares = [client.profile.share() for client in unit.members.values()]
+        return max([LEAST_LOAD, *(1.0 if share is None else share for share in shares)])
+
+    def weigh(self, unit: Unit) -> None:
+        """More may be known of how much the unit uses its GPUs."""
+        load = self._expected_load(unit)
+        if abs(load - unit.load) > 0.1 * unit.load:
+            for gpu in unit.gpus:
+                gpu.load += load - unit.load
+            unit.load = load
 
     def place(self, unit: Unit, gpus: Sequence[Gpu], *, bound: bool) -> None:
         """Put the unit on these GPUs; none: take it away from all."""
@@ -312,7 +324,7 @@ class Scheduler:
         room = gpu.capacity - gpu.in_use + sum([o.resident for o in gpu.occupants.values() if o.evacuating])
         for place, client in first.places():
             if place is gpu and client is not None:
-                room -= self._room.want(client, gpu) - client.claimed
+                room -= self._room.want(client, gpu) - client.booked[0]
         for unit in gpu.line.first(DEPTH):
             if unit is first or unit.size > 1:
                 continue
@@ -320,7 +332,7 @@ class Scheduler:
             phase = client.profile.phase_seconds()
             if phase is None or phase > left or client.evacuating or client.evacuated:
                 continue
-            extra = self._room.want(client, gpu) - client.claimed
+            extra = self._room.want(client, gpu) - client.booked[0]
             if extra <= min(room, gpu.capacity - gpu.in_use) and self._admit(unit, now, overtaking=True) is (
                 Admission.GRANTED
             ):
@@ -390,10 +402,15 @@ class Scheduler:
             return min(unit.preempt_at, now + self._delay_elsewhere(waiting, gpu, now))
         coming = [swap_seconds(client) for client in waiting.wanting() if client.evacuated]
         swap = 0.5 * (self._swap_for_leaving(unit, gpu) + max(coming, default=0.0))
-        return max(
-            unit.granted_at + self._policy.quantum(unit, waiting, swap),
-            now + self._policy.outranked_in(unit, waiting, now),
-        )
+        since = max(unit.granted_at, waiting.asked_at)  # alone, it could not know that its time would count
+        end = since + self._policy.quantum(unit, waiting, swap)
+        if self._policy.lets_finish(unit, waiting):
+            # To stop a phase that is about to end costs a swap, and the program the time until it has the GPU again.
+            for client in unit.leased():
+                phase = client.profile.phase_seconds()
+                if phase is not None:
+                    end = max(end, since + min(MAX_QUANTUM, phase - client.phase_seconds))
+        return max(end, now + self._policy.outranked_in(unit, waiting, now))
 
     def _delay_elsewhere(self, unit: Unit, here: Gpu, now: float) -> float:
         """As _delay(), without the holder of one of the GPUs."""
@@ -411,6 +428,6 @@ class Scheduler:
         client = next((client for place, client in waiting.places() if place is gpu), None)
         if holder is None or client is None:
             return 0.0
-        stays = max(holder.resident, min(holder.peak, holder.headroom))
-        free = gpu.capacity - gpu.in_use + holder.claimed - stays + client.claimed
+        stays = max(holder.resident, min(holder.peak, holder.headroom)) if holder.measured else holder.headroom
+        free = gpu.capacity - gpu.in_use + holder.booked[0] - stays + client.booked[0]
         return 0.0 if self._room.want(client, gpu) <= free else swap_seconds(holder)

@@ -39,6 +39,10 @@ class Gpu:
     """Clients with memory or headroom here."""
     in_use: int = 0
     """Bytes that they occupy or have been promised."""
+    left_behind: int = 0
+    """Bytes of these that evacuation has left."""
+    unmovable: int = 0
+    """Bytes of these, of clients without a lease, that could not be evacuated."""
     load: float = 0.0
     """Expected GPUs' worth of work of all units assigned to this one."""
     line: Line = field(default_factory=lambda: Line())
@@ -82,8 +86,10 @@ class Client:
     peak: int = 0
     steady: int = 0
     """Leases in a row without a new peak."""
-    claimed: int = 0
-    """What it counts for in its GPUs' in_use."""
+    measured: bool = False
+    """Whether it has said what it holds."""
+    booked: tuple[int, int, int] = (0, 0, 0)
+    """What it counts for in its GPUs' in_use, left_behind and unmovable."""
     evacuating: bool = False
     emptied: bool = False
     """What it still has on the GPU is what evacuating leaves."""
@@ -103,7 +109,6 @@ class Client:
     """Whether it has given a lease back without wanting another: the time until it asks again is a gap."""
     evacuation_at: float = 0.0
     evacuation_seconds: float = 0.0
-    leased_seconds: float = 0.0
     phase_seconds: float = 0.0
     """Of the phase that it is in, however often it was preempted."""
     unit: Unit = field(default=None, repr=False)  # type: ignore[assignment]  # set as soon as it is made
@@ -129,6 +134,15 @@ class Client:
     def claim(self) -> int:
         """Bytes of its GPU that it occupies or has been promised."""
         return max(self.headroom, self.resident) if self.lease else self.resident
+
+    def books(self) -> tuple[int, int, int]:
+        """What it should count for: see `booked`."""
+        resident = self.resident
+        if self.lease:
+            return max(self.headroom, resident), 0, 0
+        if self.emptied:
+            return resident, resident, 0
+        return resident, 0, resident if self.unmovable else 0
 
     @property
     def state(self) -> str:

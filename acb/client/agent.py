@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from acb import config
 from acb.client import wishes
 from acb.client.evacuation import EvacuationError, Evacuator, evacuate_all
+from acb.client.gate import LONG_GAP
 from acb.client.phases import MAX_LINGER, MIN_LINGER, SwapCost, choose_linger
 from acb.client.trace import Trace
 from acb.protocol import (
@@ -617,6 +618,7 @@ class Agent:
         self._preempt_at = time.monotonic() + message.quantum
         if not self._closing and not self.gate.closed:
             self.gate.watch()
+        self._say_what_is_held()  # from which follows how long it is protected
 
     def _evacuate(self) -> None:
         """Move all memory to the host. No lease is held, and no thread is inside."""
@@ -707,11 +709,12 @@ class Agent:
             except Exception:
                 pass  # a device that fails is done with its work; the program will see the error itself
         resident = self._resident()
+        phase = self.gate.last_exit - self.gate.phase_began
         self.lease = self._revoked = self._closing = self._unrestored = False
         self._swap.yielded()
         self._requested = wants
         self._trace.change("waiting" if wants else "resident" if resident else "detached", cause, bytes=resident)
-        self._send(Yield(resident, self._sum("peak"), wants, cause))
+        self._send(Yield(resident, self._sum("peak"), wants, cause, phase if phase > 0 else -1.0))
 
     def _consider_restoring(self, now: float) -> float | None:
         """The lease is held, but memory must come back first and there was no room for it."""
@@ -734,7 +737,9 @@ class Agent:
 
     def _linger(self) -> float:
         swap = self._swap_expected if self._swap_expected >= 0 else self._swap.estimate(self._resident())
-        return choose_linger(self.gate.gaps, swap)
+        linger = choose_linger(self.gate.gaps, swap)
+        self.gate.long_gap = max(LONG_GAP, linger)
+        return linger
 
     def _observe(self, now: float) -> float:
         """Without anybody waiting, only for the trace: tell running from idle."""

@@ -19,6 +19,9 @@ from typing import Protocol
 MIN_GAP = 0.0005
 """Seconds: shorter gaps between regions are part of computing and are not remembered."""
 
+LONG_GAP = 0.05
+"""Seconds: a longer gap ends a phase, unless the agent sits out even longer ones."""
+
 
 class GateListener(Protocol):
     """Somebody who must know when the gate changes, such as a hook that keeps a framework's own fast path."""
@@ -87,7 +90,8 @@ class Gate:
         region ends."""
         self.closed = True
         self.watched = False
-        self.last_exit = self.last_entry = time.monotonic()
+        self.last_exit = self.last_entry = self.phase_began = time.monotonic()
+        self.long_gap = LONG_GAP
         self.last_thread: ThreadState | None = None
         self.gaps: deque[float] = deque(maxlen=64)
         self._refusals = 0
@@ -121,6 +125,8 @@ class Gate:
         if gap > MIN_GAP:
             self.gaps.append(gap)
             self.last_entry = now
+            if gap > self.long_gap:
+                self.phase_began = now
         self.last_thread = state
 
     def exit(self) -> None:
@@ -153,6 +159,10 @@ class Gate:
         """Block until the gate is open; `state.depth` is 1 and the gate was seen open when this returns."""
         state.depth = 0
         with self._changing:
+            if not self._waiting and self.last_thread is not None:
+                gap = time.monotonic() - self.last_exit  # a pause in which the GPU was given up is one all the same
+                if gap > MIN_GAP:
+                    self.gaps.append(gap)
             self._waiting += 1
         try:
             while not sys.is_finalizing():  # then the agent's thread is gone, and nothing will open the gate any more
@@ -204,7 +214,10 @@ class Gate:
         with self._changing:
             self.watched = watched
             self._tell("watch" if watched else "open", self._listeners)
-            self.last_exit = time.monotonic()  # waiting for the lease is no gap of the program's
+            now = time.monotonic()
+            if self.closed:
+                self.phase_began = now
+            self.last_exit = now  # waiting for the lease is no gap of the program's
             self.closed = False
             self._opened.notify_all()
 

@@ -3,7 +3,7 @@
 As acb/client/agent.py has it, a lease is kept until it is revoked, and then given back
 
 - at once in a pause that the program marks, such as the wait for a child process;
-- after the linger in any other pause: acb.client.phases.choose_linger over the last 64 pauses that were not cut short;
+- after the linger in any other pause: acb.client.phases.choose_linger over the last 64 pauses;
 - after the quantum at the next safe point, which is the end of a region; the rest of the phase follows under the next
   lease. A region that was begun is finished, and each lease does at least one.
 
@@ -115,6 +115,8 @@ class Client:
             self._run()
 
     def _ask(self) -> None:
+        if self.card is not None and self.node.now - self.last_exit > MIN_GAP:
+            self.gaps.append(self.node.now - self.last_exit)
         self._wait()
         self.node.say(self, Request())
 
@@ -296,7 +298,8 @@ class Client:
         self.swap.yielded()
         if wants:
             self._wait()
-        node.say(self, Yield(self.resident, self.job.memory, wants, "preempted" if wants else "idle"))
+        phase = self.last_exit - self.run_since
+        node.say(self, Yield(self.resident, self.job.memory, wants, "preempted" if wants else "idle", phase))
 
     def _evacuate(self) -> None:
         node, card = self.node, self.card

@@ -18,7 +18,6 @@ from acb.broker.core import Broker, Gpu
 from acb.broker.policies import POLICIES
 from acb.protocol import VERSION, Evacuate, Evacuated, Grant, Hello, Message, Request, Restored, Yield
 from benchmarks.simulation.mixes import GiB
-from benchmarks.simulation.node import wake_at
 
 GPUS = 8
 CAPACITY = 32 * GiB
@@ -67,9 +66,9 @@ class Cycling:
             number, message = said.popleft()
             begin = time.perf_counter()
             sends = self.broker.handle(number, message, self.now)
-            due = wake_at(self.broker)
+            due = self.broker.wake_at
             if due is not None and due <= self.now:
-                sends = [*sends, *self.broker.tick(self.now)]  # type: ignore[attr-defined]
+                sends = [*sends, *self.broker.tick(self.now)]
             end = time.perf_counter()
             self.spent += end - begin
             self.decisions += 1

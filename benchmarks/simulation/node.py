@@ -29,12 +29,6 @@ if TYPE_CHECKING:
     from acb.broker.policies import Policy
 
 
-def wake_at(broker: Broker) -> float | None:
-    """When the broker wants its next tick; a core without timers never does."""
-    found: float | None = getattr(broker, "wake_at", None)
-    return found
-
-
 class Node:
     """A broker with its clients. `run()` goes on until every job is done; `hook` is called with each that ends."""
 
@@ -182,7 +176,7 @@ class Node:
 
     def _set_timer(self) -> None:
         """Have the broker ticked when it wants to be."""
-        due = wake_at(self.broker)
+        due = self.broker.wake_at
         if due is not None and (self._ticks_at is None or due < self._ticks_at):
             self._ticks_at = max(due, self.now)
             self.at(self._ticks_at, self._tick, self._ticks_at)
@@ -191,10 +185,10 @@ class Node:
         if due != self._ticks_at:
             return  # another was set, for an earlier time
         self._ticks_at = None
-        wanted = wake_at(self.broker)
+        wanted = self.broker.wake_at
         if wanted is not None and wanted <= self.now:
-            self._listen(self.broker.tick(self.now))  # type: ignore[attr-defined]
-            wanted = wake_at(self.broker)
+            self._listen(self.broker.tick(self.now))
+            wanted = self.broker.wake_at
             if wanted is not None and wanted <= self.now:
                 raise SimulationError(f"the broker's timer stands still at {self.now}")
         else:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from acb.cli.gpu_assigner import talk
 from acb.config import ConfigError
 from acb.devices.simulated import Card
-from acb.protocol import Message, decode, encode
+from acb.protocol import Holds, Message, decode, encode
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LEASER = Path(__file__).parent / "programs" / "leaser.py"
@@ -326,10 +326,14 @@ class FakeBroker:
             self._peer.send(encode(message))
 
     def receive(self) -> Message:
+        """The next message, but for what the program says now and then of its memory."""
         assert self._peer is not None
-        packet = self._peer.recv(1 << 17)
-        assert packet, "the program has closed its connection"
-        return decode(packet)
+        while True:
+            packet = self._peer.recv(1 << 17)
+            assert packet, "the program has closed its connection"
+            message = decode(packet)
+            if not isinstance(message, Holds):
+                return message
 
     def silent(self) -> bool:
         """Whether the program has said nothing more until now."""

@@ -43,9 +43,9 @@ def test_a_client_goes_by_its_own_samples_once_it_has_enough() -> None:
 def test_runs_whose_peaks_differ_say_nothing_of_the_next() -> None:
     program = Profile()
     for peak in (100, 105, 102):
-        program.ended(peak, 0.5)
+        program.settled(peak)
     assert program.peak_bytes() == 105
-    program.ended(300, 0.5)
+    program.settled(300)
     assert program.peak_bytes() is None
 
 
@@ -60,8 +60,8 @@ def test_swaps_are_learned_a_byte() -> None:
 def test_programs_seen_least_recently_are_forgotten() -> None:
     programs = Programs()
     for number in range(PROGRAMS + 5):
-        programs[f"p{number}"].ended(1, 1)
-        programs["always"].ended(1, 1)
+        programs[f"p{number}"].settled(1)
+        programs["always"].settled(1)
     kept = programs.to_json()
     assert len(kept) == PROGRAMS
     assert "always" in kept
@@ -72,7 +72,9 @@ def test_what_was_learned_outlives_the_broker(tmp_path: Path) -> None:
     file = tmp_path / "state" / "programs.json"
     first = History(file)
     for _ in range(3):
-        first.programs["fold"].ended(500, 0.25)
+        first.programs["fold"].settled(500)
+        first.programs["fold"].phase(1.0)
+        first.programs["fold"].gap(3.0)
     first.client_ended()
     first.save()
     second = History(file)

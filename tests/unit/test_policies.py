@@ -12,7 +12,7 @@ from acb.broker.policies import POLICIES
 from acb.broker.policies.base import MAX_QUANTUM, MIN_QUANTUM, SWAPS_PER_QUANTUM, Policy
 from acb.broker.policies.fair import MOST
 from acb.broker.policies.priority import STEP
-from acb.protocol import VERSION, Evacuate, Evacuated, Grant, Hello, Request, Restored, Revoke, Yield
+from acb.protocol import VERSION, Evacuate, Evacuated, Grant, Hello, Holds, Request, Restored, Revoke, Yield
 
 GIB = 1 << 30
 
@@ -80,13 +80,38 @@ def test_the_quantum_is_a_multiple_of_the_swap_within_bounds_or_what_was_fixed()
     assert POLICIES["fifo"](2.5).quantum(holder, waiting, 1e6) == 2.5
 
 
+def test_a_program_that_may_hold_much_is_protected_until_it_says_what_it_holds() -> None:
+    world = World("fifo", capacity=80 * GIB)
+    unknown, other = world.come(), world.come()
+    world.ask(unknown)
+    world.ask(other)
+    assert world.quantum[unknown] == MAX_QUANTUM
+    world.take(world.broker.handle(unknown, Holds(GIB, GIB), world.now))
+    assert world.quantum[unknown] == pytest.approx(SWAPS_PER_QUANTUM * 0.5 * 2 / 8)
+
+
+def test_a_phase_that_is_about_to_end_is_not_cut_short() -> None:
+    world = World("fifo")
+    holder, other = world.come(GIB), world.come(GIB)
+    for _ in range(4):
+        world.ask(holder)
+        world.now += 20.0
+        world.give(holder, GIB)
+        world.now += 5.0
+    world.ask(holder)
+    world.now += 1.0
+    world.ask(other)
+    assert world.quantum[holder] == pytest.approx(20.0)
+
+
 def test_priority_goes_first_and_preempts() -> None:
     world = World("priority")
     low, equal, high = world.come(), world.come(), world.come(priority=3)
     world.ask(low)
+    world.take(world.broker.handle(low, Holds(0, 0), world.now))
     world.now = 0.5
     world.ask(equal)
-    assert world.quantum[low] == pytest.approx(0.5)
+    assert world.quantum[low] == MIN_QUANTUM
     world.ask(high)
     assert world.quantum[low] == 0.0
     world.give(low, wants=True)

@@ -73,6 +73,10 @@ class Policy:
             return self.fixed_quantum
         return min(MAX_QUANTUM, max(MIN_QUANTUM, SWAPS_PER_QUANTUM * swap))
 
+    def lets_finish(self, holder: Unit, waiting: Unit) -> bool:
+        """Whether a phase that is not expected to outlast MAX_QUANTUM may end first."""
+        return self.fixed_quantum is None
+
     # --- where ------------------------------------------------------------------------------------------------------
 
     def gpus(self, gpus: Sequence[Gpu]) -> Sequence[Gpu]:
@@ -98,7 +102,10 @@ class Policy:
 
 
 def swap_seconds(client: Client) -> float:
-    """Seconds to move the client's memory out and in again: as measured, else estimated from its size."""
-    nbytes = max(client.peak, client.resident + client.evacuated)
+    """Seconds to move the client's memory out and in again: as measured, else estimated from its size.
+
+    Of a client that has not said yet what it holds, that may be all that it was promised.
+    """
+    nbytes = max(client.peak, client.resident + client.evacuated) if client.measured else client.headroom
     measured = client.profile.swap_seconds(nbytes)
     return 2 * nbytes / ASSUMED_BANDWIDTH if measured is None else measured
