@@ -62,6 +62,7 @@ class Outcome(NamedTuple):
     longest_wait_s: float
     handovers: int
     lost_s: float
+    jobs_per_gpu: list[int]
     evacuations: int
     evacuated_bytes: int
     violations: int
@@ -109,6 +110,7 @@ def play(setting: Setting, made: Sequence[Job], nbytes: int, trace: Path | None 
         longest_wait_s=max(waits, default=0.0),
         handovers=sum(len(gaps) for gaps in lost),
         lost_s=sum(sum(gaps) for gaps in lost),
+        jobs_per_gpu=[sum(program.get("gpu") == ordinal for program in programs) for ordinal in range(setting.gpus)],
         evacuations=totals.get("evacuations", 0),
         evacuated_bytes=totals.get("evacuated_bytes", 0),
         violations=violations,

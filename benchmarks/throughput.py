@@ -237,6 +237,7 @@ def _row(
         "programs_processor_s": outcome.processor_s,
         "handovers": outcome.handovers,
         "lost_s": outcome.lost_s,
+        "jobs_per_gpu": outcome.jobs_per_gpu,
         "violations": outcome.violations,
         "mix": plan.mix,
         "job_s": plan.seconds,
@@ -253,16 +254,7 @@ def _row(
 
 def _one_after_the_other(row: dict[str, Any]) -> dict[str, Any]:
     seconds = row["sequential_s"]
-    nothing = (
-        "out_of_memory",
-        "evacuations",
-        "evacuated_bytes",
-        "waited_s",
-        "longest_wait_s",
-        "handovers",
-        "lost_s",
-        "violations",
-    )
+    nothing = ("out_of_memory", "evacuations", "evacuated_bytes", "waited_s", "longest_wait_s", "handovers", "lost_s")
     return {
         "policy": "sequential",
         "setting": row["setting"].replace(": none", ": sequential"),
@@ -272,6 +264,7 @@ def _one_after_the_other(row: dict[str, Any]) -> dict[str, Any]:
         "finished": row["jobs"],
         "failures": [],
         "programs_processor_s": None,
+        "violations": 0,
         **dict.fromkeys(nothing, 0),
     }
 
