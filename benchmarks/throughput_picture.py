@@ -29,7 +29,7 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
     figure.legend(handles, labels, loc="lower center", ncol=len(labels), frameon=False, fontsize=9)
     first = plain[0]
     figure.suptitle(
-        f"Simulated GPU: {first['mix']} jobs, {first['gpu_share']:.0%} of each job's time on the GPU", fontsize=11
+        f"Simulated GPU: {first['mix']} jobs, {first['gpu_share']:.1%} of each job's time on the GPU", fontsize=11
     )
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(file, dpi=130)
@@ -49,7 +49,18 @@ def _panel(axis: Any, rows: list[dict[str, Any]]) -> None:
             x = place - 0.4 + (index + 0.5) * width
             if row["speedup"] is None:
                 failed = f"{row['out_of_memory']} of {row['jobs']} out of memory"
-                axis.text(x, 0.08, failed, rotation=90, ha="center", va="bottom", fontsize=7, color="#444444")
+                axis.text(
+                    x,
+                    0.08,
+                    failed,
+                    rotation=90,
+                    ha="center",
+                    va="bottom",
+                    fontsize=7,
+                    color="#444444",
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+                    zorder=3,
+                )
             places.append(x)
             heights.append(row["speedup"] or 0.0)
         axis.bar(places, heights, width * 0.92, color=colour, label=label)
