@@ -2,8 +2,8 @@
 
 Each computes for some seconds without a CPU phase, and needs more than half of the GPU. Under a fixed quantum they
 change places whenever it is over, and each change is a swap; the broker's own quantum is ten times what the swaps cost.
-A short quantum loses throughput, a long one lets the other program wait. nvshare's measurement of the same kind (two
-programs of 15 GB, half of their time on the CPU): a quantum of 1000 s 2043 s, of 30 s 2170 s, of 5 s 3496 s.
+A short quantum loses throughput, a long one lets the other program wait. nvshare measured the same kind of thing (two
+programs of 15 GB, half of their time on the CPU): quantum 1000 s: 2043 s in all; 30 s: 2170 s; 5 s: 3496 s.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ measured. It connects to no broker, and touches no GPU, before its first GPU pha
 
 With a broker a GPU phase is a run of regions, with a safe point between any two. Without one the GPU is time-sliced, as
 a real one is between processes: short slices under a lock of the card's, so that two programs that compute at once take
-twice as long each.
+twice as long each. (Regions are under the same lock, in case a policy lets several programs in.)
 
 Clock: time.monotonic(), common to all processes. Waits that take longer than they should are counted as work done.
 """
@@ -17,92 +17,24 @@ Clock: time.monotonic(), common to all processes. Waits that take longer than th
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import select
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from acb.client import runtime
-from acb.client.evacuation import EvacuationError
-from acb.devices.simulated import Card, CardOutOfMemory
+from acb.devices.simulated import CardOutOfMemory
+from benchmarks.replay_card import Memory, Turn
 
 REGION = 0.02
 """Seconds: a forward pass or so; longer than the kernel's launches, shorter than any phase."""
 
 SLICE = 0.005
 """Seconds that a program computes before another that computes at the same time has its turn."""
-
-
-class Memory:
-    """What the program has on the GPU, all one block, and the evacuator that moves it at the speed of the bus."""
-
-    name = "replay"
-
-    def __init__(self, directory: Path, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self.card: Card | None = None
-        self._directory = directory
-        self._on_host = False
-
-    def bind(self, gpu: int) -> Card:
-        """The card of this GPU; another one than before only while nothing lies there."""
-        if self.card is None or self.card.ordinal != gpu:
-            if self.card is not None:
-                self.card.close()
-            self.card = Card.open(self._directory, gpu)
-        return self.card
-
-    def load(self, card: Card, more_room: Callable[[int], bool]) -> None:
-        """The first phase's first act; raises CardOutOfMemory when the broker, too, finds no room."""
-        while True:
-            try:
-                card.allocate(self.nbytes)
-            except CardOutOfMemory:
-                if not more_room(self.nbytes):
-                    raise
-            else:
-                card.copied(self.nbytes)
-                return
-
-    def synchronize(self) -> None:
-        pass
-
-    def resident(self) -> int:
-        return self.card.held() if self.card else 0
-
-    def peak(self) -> int:
-        return self.card.peak() if self.card else 0
-
-    def reset_peak(self) -> None:
-        if self.card:
-            self.card.reset_peak()
-
-    def evacuate(self) -> int:
-        if self.card is None or not self.card.held():
-            return 0
-        if self._on_host:
-            raise EvacuationError("its memory is in two places")
-        self.card.copied(self.nbytes)
-        self.card.free(self.nbytes)
-        self._on_host = True
-        return self.nbytes
-
-    def restore(self) -> int:
-        if not self._on_host:
-            return 0
-        card = self.bind(runtime.client().gpu or 0)
-        try:
-            card.allocate(self.nbytes)
-        except CardOutOfMemory as error:
-            raise MemoryError(str(error)) from None
-        card.copied(self.nbytes)
-        self._on_host = False
-        return self.nbytes
 
 
 class Uses:
@@ -133,6 +65,7 @@ class Brokered:
         self._gate = client.gate
         self._client = client
         self._memory = Memory(client.simulated, wish["memory"])
+        self._turns: dict[int, Turn] = {}
         self._marked: bool = wish["marked"]
         client.add_evacuator(self._memory)
 
@@ -142,14 +75,17 @@ class Brokered:
             asked = time.monotonic()
             self._gate.enter()
             try:
-                got = begin = time.monotonic()
+                got = time.monotonic()
                 card = self._memory.bind(self._client.gpu or 0)
-                with card.operation("replay"):
-                    if not card.held():
-                        self._memory.load(card, self._client.more_room)
-                        begin = time.monotonic()
-                    _wait(min(seconds, REGION))
-                left = time.monotonic()
+                if not card.held():
+                    self._memory.load(card, self._client.more_room)
+                if card.ordinal not in self._turns:
+                    self._turns[card.ordinal] = Turn(card.path.parent, card.ordinal)
+                with self._turns[card.ordinal]:
+                    begin = time.monotonic()
+                    with card.operation("replay"):
+                        _wait(min(seconds, REGION))
+                    left = time.monotonic()
             finally:
                 self._gate.exit()
             seconds -= left - begin
@@ -179,10 +115,7 @@ class TimeSliced:
         self.ordinal = gpu = number % wish["gpus"]
         self._memory = Memory(directory, wish["memory"])
         self._card = self._memory.bind(gpu)
-        # Two locks, so that who has just had the GPU cannot have it again before the next in the queue.
-        self._next, self._turn = (
-            os.open(directory / f"gpu{gpu}.{name}", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC) for name in ("next", "turn")
-        )
+        self._turn = Turn(directory, gpu)
 
     def gpu(self, seconds: float) -> None:
         """A GPU phase."""
@@ -190,14 +123,11 @@ class TimeSliced:
             self._memory.load(self._card, lambda missing: False)
         while seconds > 0:
             asked = time.monotonic()
-            fcntl.flock(self._next, fcntl.LOCK_EX)
-            fcntl.flock(self._turn, fcntl.LOCK_EX)
-            fcntl.flock(self._next, fcntl.LOCK_UN)
-            got = time.monotonic()
-            with self._card.operation("replay"):
-                _wait(min(seconds, SLICE))
-            left = time.monotonic()
-            fcntl.flock(self._turn, fcntl.LOCK_UN)
+            with self._turn:
+                got = time.monotonic()
+                with self._card.operation("replay"):
+                    _wait(min(seconds, SLICE))
+                left = time.monotonic()
             seconds -= left - got
             self.uses.add(asked, got, left)
 
