@@ -25,7 +25,12 @@ from benchmarks import report, traces
 PROGRAMS = {"alphafold2": "fold.py", "video": "detect.py", "training": "train.py"}
 SHORTEST, LONGEST = 100, 140
 """Residues of the proteins that are folded, drawn from the 2,122 real ones that pyhmmer carries: of similar length, for
-the published figure is of programs that all fold one length (400)."""
+the published figure is of programs that all fold one length (400).
+
+It matters: the more phases differ, the more often all programs are on the CPU at once. From 50 to 160 residues the GPU
+phases' coefficient of variation was 0.36 instead of 0.22, and four programs on one GPU reached efficiencies of 0.945 to
+0.970 instead of 0.970 to 0.980 where memory fits, of which first come, first served itself reaches 0.977 instead of
+0.983 (mean of 12 seeds) at no cost at all."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
