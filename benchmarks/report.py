@@ -125,8 +125,8 @@ def show(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> 
 
 
 @contextlib.contextmanager
-def broker(gpus: str = "1x1GiB") -> Iterator[dict[str, str]]:
-    """Run a broker of simulated GPUs in a runtime directory of its own.
+def broker(gpus: str = "1x1GiB", *options: str) -> Iterator[dict[str, str]]:
+    """Run a broker of simulated GPUs, with more options of ``gpu_assigner start``, in a runtime directory of its own.
 
     Gives the environment in which programs find it, as acb-launch would set it. Nothing is left behind.
     """
@@ -136,7 +136,8 @@ def broker(gpus: str = "1x1GiB") -> Iterator[dict[str, str]]:
     environment |= {"ACB_RUNTIME_DIR": directory, "ACB_BROKER": "require", "PYTHONPATH": _search_path()}
     command = [sys.executable, "-m", "acb.cli.gpu_assigner"]
     try:
-        subprocess.run([*command, "start", "--simulate-gpus", gpus], env=environment, check=True, capture_output=True)
+        start = [*command, "start", "--simulate-gpus", gpus, *options]
+        subprocess.run(start, env=environment, check=True, capture_output=True)
         try:
             lines = Path(directory, "broker.env").read_text().splitlines()
             yield environment | dict(line.split("=", 1) for line in lines)

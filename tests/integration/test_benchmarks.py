@@ -69,3 +69,47 @@ def test_the_simulation_runs_every_table(tmp_path: Path) -> None:
     assert {line["pair"] for line in found["quantum"]} == {"half", "never"}
     assert found["starvation"][0]["policy"] == "fifo"
     assert "virtual time" in printed
+
+
+def test_the_throughput_is_told_in_rows(tmp_path: Path) -> None:
+    file, picture = tmp_path / "rows.json", tmp_path / "rows.png"
+    command = [sys.executable, "-m", "benchmarks.throughput", "--quick", "--json", str(file), "--picture", str(picture)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "simulated" in done.stdout
+    assert picture.stat().st_size > 0
+    rows: list[dict[str, Any]] = json.loads(file.read_text())
+    kinds = {(row["jobs"], row["policy"], row["swapping"]) for row in rows}
+    assert kinds == {(n, policy, s) for n in (1, 2) for policy in ("sequential", "none", "fifo") for s in (False, True)}
+    for row in rows:
+        assert row["gpus"] == 1
+        assert row["bound"] >= 0.99
+        if row["policy"] == "none" and row["jobs"] == 2 and row["swapping"]:
+            assert (row["out_of_memory"], row["speedup"], row["efficiency"]) == (1, None, None)
+        else:
+            assert row["finished"] == row["jobs"]
+            assert row["speedup"] > 0
+            assert 0 < row["efficiency"] <= 1.01
+        assert not row["failures"]
+        assert row["violations"] == 0
+        swapped = row["policy"] == "fifo" and row["swapping"] and row["jobs"] > 1
+        assert not swapped or row["evacuations"] > 0
+
+
+def test_the_quantum_table_is_told_in_rows(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "benchmarks.throughput", "--quantum-table", "--quick", "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    fixed, own = json.loads(file.read_text())
+    assert (fixed["quantum"], own["quantum"]) == (0.1, None)
+    assert fixed["evacuations"] > own["evacuations"]
+    assert fixed["finished"] == own["finished"] == 2
+
+
+def test_throughput_refuses_what_it_cannot_run_in_one_line() -> None:
+    for wrong in (["--policies", "magic"], ["--jobs", "0"], ["--json", "/nowhere/x.json"], ["--seconds", "0"]):
+        command = [sys.executable, "-m", "benchmarks.throughput", *wrong]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 2
+        assert done.stderr.strip().splitlines()[-1].startswith("python -m benchmarks.throughput: error: argument")
