@@ -79,7 +79,7 @@ def cards(setting: Setting, nbytes: int) -> SimulatedSpec:
     """The GPUs: room for all programs that share one, with what the broker adds to a peak; or for one and a half."""
     fitting = -(-setting.jobs // setting.gpus)
     capacity = int(1.5 * nbytes) if setting.swapping else int(1.25 * nbytes * max(2, fitting))
-    return SimulatedSpec(setting.gpus, capacity, BANDWIDTH)
+    return SimulatedSpec((capacity,) * setting.gpus, BANDWIDTH)
 
 
 def play(setting: Setting, made: Sequence[Job], nbytes: int, trace: Path | None = None) -> Outcome:
