@@ -320,7 +320,7 @@ class Broker:
         if not unit.active or any(client.lease for client in unit.members.values()):
             return
         unit.active = unit.backfilled = False
-        unit.preempt_at = None
+        unit.preempt_at = unit.contender = None
         for gpu in unit.gpus:
             gpu.units.remove(unit)
         self.scheduler.touch(*unit.gpus)
@@ -355,7 +355,8 @@ class Broker:
     def _holds(self, client: Client, message: Holds, now: float) -> None:
         if client.lease and not client.evacuated:
             self._room.measure(client, message.resident, message.peak)
-            self.scheduler.touch(*client.gpus)  # what it has determines how long it is protected
+            client.unit.contender = None  # what it has determines how long it is protected
+            self.scheduler.touch(*client.gpus)
 
     def _more_room(self, client: Client, message: MoreRoom, now: float) -> None:
         if not client.lease:

@@ -231,7 +231,7 @@ class Scheduler:
                 return Admission.STUCK
         unit.queued, unit.ticket = False, unit.ticket + 1
         unit.active = unit.bound = True
-        unit.granted_at, unit.preempt_at = now, None
+        unit.granted_at, unit.preempt_at, unit.contender = now, None, None
         for gpu in unit.gpus:
             gpu.units.append(unit)
         for client in dict.fromkeys(client for _, client in wanting):
@@ -367,11 +367,18 @@ class Scheduler:
 
     def _contend(self, unit: Unit, now: float) -> None:
         """Tell a running unit until when it may go on, now that others wait for its GPUs; or that none does."""
-        if not unit.active:
-            return
+        gpus = unit.gpus
+        if not unit.active or (
+            len(gpus) == 1
+            and unit.contender is not None
+            and unit.contender is gpus[0].challenger
+            and gpus[0].slots == 1
+            and gpus[0].crowded
+        ):
+            return  # as it was
         ends = [
             (self._protected_until(unit, gpu, now), gpu)
-            for gpu in unit.gpus
+            for gpu in gpus
             if gpu.challenger is not None and gpu.crowded and self._first_to_go(gpu, now) is unit
         ]
         if not ends:
@@ -379,12 +386,15 @@ class Scheduler:
                 self._tell(unit, None, Uncontended())
             return
         end, gpu = min(ends, key=lambda pair: pair[0])
+        unit.contender = None if unit.backfilled else gpu.challenger
         if unit.preempt_at is None or end < unit.preempt_at - 0.01 or end > unit.preempt_at + 1.0:
             swap = self._swap_for_leaving(unit, gpu)
             self._tell(unit, end, Revoke(max(0.0, end - now), swap))
 
     def _tell(self, unit: Unit, preempt_at: float | None, message: Message) -> None:
         unit.preempt_at = preempt_at
+        if preempt_at is None:
+            unit.contender = None
         for client in unit.leased():
             client.revoked = preempt_at is not None
             self._send(client.id, message)

@@ -184,6 +184,8 @@ class Unit:
     granted_at: float = 0.0
     preempt_at: float | None = None
     """When it is to stop at a safe point, as it was told; None: it has not been revoked."""
+    contender: Unit | None = None
+    """For whom it was told so; None: that has to be weighed anew."""
     backfilled: bool = False
     """Whether it was let in ahead of its turn, and must go as soon as that would delay anybody."""
     used: float | None = None
