@@ -94,11 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def names() -> list[str]:
-    """The broker's policies, each by one of its names."""
-    found: dict[Any, str] = {}
-    for name, make in POLICIES.items():
-        found.setdefault(make, name)
-    return list(found.values())
+    """The broker's policies, each by the first of its names, its own choice first."""
+    return sorted({kind.names[0] for kind in POLICIES.values()}, key=lambda name: (name != "fifo", name))
 
 
 def _parser() -> argparse.ArgumentParser:

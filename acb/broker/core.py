@@ -63,7 +63,7 @@ class Broker:
         self._log: deque[tuple[float | None, int, Message | str]] = deque(maxlen=200)
         self._out: list[Send] = []
         self._room = Room(policy, self._send)
-        self.scheduler = Scheduler(gpus, policy, self._room, self._send)
+        self.scheduler = Scheduler(gpus, self.clients, policy, self._room, self._send)
         self._handlers: dict[type[Message], Callable[[Client, Any, float], None]] = {
             Request: self._request,
             Yield: self._yield,
@@ -124,6 +124,72 @@ class Broker:
             self._room.measure(client, resident)
             self.scheduler.touch(*client.gpus)
         return self._finish(now)
+
+    def driver_tier(self, available: bool, now: float) -> list[Send]:
+        """Whether the driver can move what frameworks cannot, by the instructions Suspend and Resume."""
+        self._log.append((now, 0, f"driver tier {'on' if available else 'off'}"))
+        self._room.driver = available
+        for client in list(self._room.unmovable.values()):
+            self._room.cannot_move(client, client.unmovable)
+        self.scheduler.touch_all()
+        return self._finish(now)
+
+    def suspended(self, client_id: int, problem: str, seconds: float, now: float) -> list[Send]:
+        """Answer to Suspend: the client's memory is on the host, '' being the problem; else it is where it was."""
+        self._log.append((now, client_id, f"suspended {problem}"))
+        client = self.clients.get(client_id)
+        if client is not None and client.suspending:
+            client.evacuating = client.suspending = False
+            client.driver_problem = problem
+            if not problem:
+                self._park(client, client.resident)
+                client.evacuation_seconds += max(0.0, seconds)
+            self._room.cannot_move(client, client.unmovable)
+            self.scheduler.requeue(client.unit, now)
+            self.scheduler.touch(*client.gpus)
+        return self._finish(now)
+
+    def resumed(self, client_id: int, problem: str, now: float, *, lost: bool = False) -> list[Send]:
+        """Answer to Resume: the client's memory is back, '' being the problem; else it is asked for again later.
+
+        `lost`: nothing can bring it back. What the client asks for is refused from now on.
+        """
+        self._log.append((now, client_id, f"resumed {problem}"))
+        client = self.clients.get(client_id)
+        if client is not None and client.resuming:
+            if not problem:
+                client.resident, client.evacuated = client.resident + client.parked, client.evacuated - client.parked
+                client.parked = 0
+                self._room.settle(client)
+                self.scheduler.resumed(client, now)
+            elif lost:
+                client.refusal = f"the driver cannot bring back the memory of process {client.pid}: {problem}"
+                client.resuming = client.lease = False
+                for gpu in client.gpus:
+                    gpu.holders.discard(client.id)
+                self._room.settle(client)
+                self._send(client.id, Refused(client.refusal))
+                self._close_unit(client.unit, now)
+            else:
+                self.scheduler.resume_later(client, now)
+        return self._finish(now)
+
+    def found_suspended(self, client_id: int, nbytes: int, now: float) -> list[Send]:
+        """A broker before this one had the driver move `nbytes` of the client's memory."""
+        client = self.clients.get(client_id)
+        if client is not None and client.gpus and not client.lease:
+            self._log.append((now, client_id, "found suspended"))
+            self._park(client, nbytes)
+            self.scheduler.touch(*client.gpus)
+        return self._finish(now)
+
+    def _park(self, client: Client, nbytes: int) -> None:
+        """The driver has so much of it on the host."""
+        client.suspended, client.emptied = True, False
+        client.parked = min(nbytes, min(gpu.capacity for gpu in client.gpus) - client.evacuated)
+        client.evacuated += client.parked
+        client.resident = 0
+        self._room.settle(client)
 
     def tick(self, now: float) -> list[Send]:
         """It is `wake_at`, or later."""
@@ -291,6 +357,7 @@ class Broker:
             gpu.holders.discard(client.id)
         client.lease = client.revoked = False
         client.headroom, client.need, client.yielded_at, client.gap = 0, 0, now, not message.wants
+        client.driver_problem = ""  # that was then
         self._room.cannot_move(client, "")
         lease = now - client.started_at
         client.phase_seconds += lease if message.phase < 0 else min(lease, message.phase)

@@ -63,6 +63,8 @@ def _gpu(gpu: Gpu, broker: Broker) -> None:
 def _client(client: Client) -> None:
     assert not (client.lease and client.evacuating), "a holder is evacuated"
     assert not (client.lease and client.waiting), "waits for what it holds"
+    assert not client.suspended or not client.resident, "memory that the driver has moved is counted on the GPU"
+    assert not (client.suspended and client.lease) or client.resuming, "a suspended client runs"
     assert not client.room_wanted or client.lease, "wants room without a lease"
     assert not client.waiting or client.unit.queued or client.unit.active, "waits in no line"
     assert not (client.unit.queued and client.unit.active), "waits in line and runs"
@@ -89,4 +91,4 @@ def _moves(gpu: Gpu, client: Client) -> bool:
 
 def _kept_out(gpu: Gpu, unit: Unit) -> bool:
     others = [other for other in gpu.occupants.values() if other.unit is not unit]
-    return any(other.evacuating or other.unmovable or other.unit.preempt_at is not None for other in others)
+    return any(other.evacuating or other.stuck or other.unit.preempt_at is not None for other in others)

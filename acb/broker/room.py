@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from acb.broker.learning import MARGIN
 from acb.broker.policies import Policy
-from acb.broker.state import Client, Gpu
+from acb.broker.state import Client, Gpu, Suspend
 from acb.protocol import Evacuate, Message
 
 STEADY = 3
@@ -23,6 +23,8 @@ class Room:
     def __init__(self, policy: Policy, send: Callable[[int, Message], None]) -> None:
         self._policy = policy
         self._send = send
+        self.driver = False
+        """Whether the driver can move what the frameworks cannot."""
         self.unmovable: dict[int, Client] = {}
         """Clients that could not be evacuated."""
 
@@ -62,7 +64,7 @@ class Room:
 
     def cannot_move(self, client: Client, reason: str) -> None:
         """The client could not be evacuated; '': it can."""
-        client.unmovable = reason
+        client.unmovable, client.stuck = reason, bool(reason) and not (self.driver and not client.driver_problem)
         if reason:
             self.unmovable[client.id] = client
         else:
@@ -73,7 +75,7 @@ class Room:
         """Host memory may be free again: who could not be evacuated may be asked once more. On these GPUs."""
         clients, self.unmovable = list(self.unmovable.values()), {}
         for client in clients:
-            client.unmovable = ""
+            client.unmovable, client.stuck = "", False
             self.settle(client)
         return [gpu for client in clients for gpu in client.gpus]
 
@@ -95,7 +97,11 @@ class Room:
             if known is None or known < peak:
                 return gpu.capacity - left_behind
             peak = known
-        return min(gpu.capacity - left_behind, max(self.floor(client), int(peak * MARGIN)))
+        floor = self.floor(client)
+        most = gpu.capacity - left_behind
+        if self.driver and floor > most:
+            most = min(gpu.capacity, floor)  # contexts, too, can make way, where they must
+        return min(most, max(floor, int(peak * MARGIN)))
 
     @staticmethod
     def floor(client: Client) -> int:
@@ -120,6 +126,15 @@ class Room:
             victim.evacuating, victim.evacuation_at = True, now
             room += victim.resident
             self._send(victim.id, Evacuate())
+        if self.driver and want > room:
+            left = [o for o in others if o.resident and (o.unmovable or o.emptied) and not (o.lease or o.evacuating)]
+            for victim in self._policy.victims([o for o in left if not o.driver_problem], now):
+                if want <= room:
+                    break
+                victim.evacuating = victim.suspending = True
+                victim.evacuation_at = now
+                room += victim.resident
+                self._send(victim.id, Suspend())
         return False
 
     def make_all(self, needs: Sequence[tuple[Gpu, Client, int]], now: float) -> bool:
@@ -130,7 +145,7 @@ class Room:
     def kept_by_holders(self, gpu: Gpu, client: Client) -> bool:
         """Whether what the client should have is not there before a holder gives his lease back."""
         others = [other for other in gpu.occupants.values() if other is not client]
-        movable = sum([o.resident for o in others if not (o.lease or o.emptied or o.unmovable)])
+        movable = sum([o.resident for o in others if not (o.lease or o.stuck or (o.emptied and not self.driver))])
         return self.want(client, gpu) > self.free(gpu, client) + movable
 
     def coming(self, gpu: Gpu, client: Client) -> bool:

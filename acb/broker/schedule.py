@@ -11,12 +11,12 @@ from __future__ import annotations
 import enum
 import heapq
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from acb.broker.policies import Policy
 from acb.broker.policies.base import MAX_QUANTUM, swap_seconds
 from acb.broker.room import Room
-from acb.broker.state import Client, Gpu, Unit
+from acb.broker.state import Client, Gpu, Resume, Unit
 from acb.protocol import Grant, Message, Revoke, Uncontended
 from acb.protocol import Room as RoomAnswer
 
@@ -26,11 +26,18 @@ PATIENCE = 0.25
 They may be unable to: a collective operation waits for that very member. Then it has to go a step further.
 """
 
+RETRY = 1.0
+"""Seconds until the driver is asked again to bring memory back to a GPU on which a stranger has the room."""
+
 DEPTH = 16
 """So many of those who wait are looked at for one that is done before the first one's turn."""
 
 LEAST_LOAD = 0.05
 """GPUs: what the lightest program counts for."""
+
+
+EVEN = 1e-6
+"""GPUs: loads that differ by less are equal."""
 
 
 class Admission(enum.Enum):
@@ -46,8 +53,16 @@ class Admission(enum.Enum):
 class Scheduler:
     """The lines of all GPUs."""
 
-    def __init__(self, gpus: Sequence[Gpu], policy: Policy, room: Room, send: Callable[[int, Message], None]) -> None:
+    def __init__(
+        self,
+        gpus: Sequence[Gpu],
+        clients: Mapping[int, Client],
+        policy: Policy,
+        room: Room,
+        send: Callable[[int, Message], None],
+    ) -> None:
         self._gpus = list(gpus)
+        self._clients = clients
         self._policy = policy
         self._room = room
         self._send = send
@@ -147,6 +162,8 @@ class Scheduler:
             client = self._paused.pop(number, None)
             if client is not None:
                 self.touch(*client.gpus)
+            elif number in self._clients and self._clients[number].resuming:
+                self._send(number, Resume())
 
     def paused(self, client: Client) -> bool:
         """Whether the client waits for its gang to stop."""
@@ -253,7 +270,7 @@ class Scheduler:
             client.revoked = True
 
     def _grant(self, client: Client, now: float) -> None:
-        gpus, unit = client.gpus, client.unit
+        gpus = client.gpus
         client.headroom = min([min(self._room.want(client, gpu), self._room.free(gpu, client)) for gpu in gpus])
         client.waiting, client.lease, client.emptied, client.granted_at, client.started_at = (
             False,
@@ -265,10 +282,30 @@ class Scheduler:
         self._room.settle(client)
         for gpu in gpus:
             gpu.holders.add(client.id)
+        if client.suspended:
+            client.resuming = True
+            self._send(client.id, Resume())
+        else:
+            self._tell_granted(client)
+
+    def _tell_granted(self, client: Client) -> None:
+        gpus, unit = client.gpus, client.unit
         several = len(unit.gpus) > 1
         visible = ",".join([gpu.visible for gpu in unit.gpus]) if several else gpus[0].visible
         ordinals = ",".join([str(gpu.ordinal) for gpu in unit.gpus]) if several else ""
         self._send(client.id, Grant(gpus[0].ordinal, visible, client.headroom, ordinals))
+
+    def resumed(self, client: Client, now: float) -> None:
+        """The driver has brought the memory of a client that has the lease back: now it may go on."""
+        client.resuming = client.suspended = False
+        client.started_at = now
+        self._tell_granted(client)
+        if client.unit.preempt_at is not None:
+            self._send(client.id, Revoke(max(0.0, client.unit.preempt_at - now)))
+
+    def resume_later(self, client: Client, now: float) -> None:
+        """The driver could not yet: try again."""
+        heapq.heappush(self._timers, (now + RETRY, client.id))
 
     def resume(self, client: Client, now: float) -> bool:
         """A client of a broker before this one says that it holds the lease: whether it may keep it."""
@@ -292,7 +329,7 @@ class Scheduler:
 
         They must run to their end, or nobody ever will.
         """
-        ready = [c.unit for c in gpu.occupants.values() if c.unmovable and c.waiting and c.resident]
+        ready = [c.unit for c in gpu.occupants.values() if c.stuck and c.waiting and c.resident]
         return any(
             self._admit(unit, now, overtaking=True) is Admission.GRANTED
             for unit in sorted(ready, key=lambda unit: (unit.key, unit.order))
@@ -305,8 +342,8 @@ class Scheduler:
             if other.load <= gpu.load:
                 return False
             unit = other.newcomers.head()
-            if unit is None or other.load - unit.load < gpu.load:
-                continue
+            if unit is None or other.load - unit.load < gpu.load + EVEN:
+                continue  # it would be no better, and the other GPU could want it back
             if max(self._room.floor(client) for client in unit.members.values()) > gpu.capacity:
                 continue
             unit.ticket += 1

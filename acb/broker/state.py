@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from acb.broker.learning import Profile
 from acb.protocol import Message
@@ -19,6 +19,20 @@ class Send(NamedTuple):
 
     client: int
     message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Suspend(Message):
+    """For the broker itself, not on the wire: have the driver move this client's memory (the driver tier)."""
+
+    type: ClassVar[str] = "suspend"
+
+
+@dataclass(frozen=True, slots=True)
+class Resume(Message):
+    """For the broker itself, not on the wire: have the driver bring this client's memory back; the room is there."""
+
+    type: ClassVar[str] = "resume"
 
 
 @dataclass(slots=True, eq=False)
@@ -42,7 +56,7 @@ class Gpu:
     left_behind: int = 0
     """Bytes of these that evacuation has left."""
     unmovable: int = 0
-    """Bytes of these, of clients without a lease, that could not be evacuated."""
+    """Bytes of these, of clients without a lease, that nothing can move."""
     load: float = 0.0
     """Expected GPUs' worth of work of all units assigned to this one."""
     line: Line = field(default_factory=lambda: Line())
@@ -96,6 +110,18 @@ class Client:
     revoked: bool = False
     unmovable: str = ""
     """Why it could not be evacuated."""
+    stuck: bool = False
+    """Whether the driver cannot move it either."""
+    suspending: bool = False
+    """It is evacuating, and the driver does it."""
+    suspended: bool = False
+    """The driver has moved its memory, and stops it at its next call."""
+    resuming: bool = False
+    """It has the lease, and hears of it when the driver has brought its memory back."""
+    parked: int = 0
+    """Bytes that the driver has moved."""
+    driver_problem: str = ""
+    """Why the driver cannot move it."""
     refusal: str = ""
     """Why whatever it asks for is refused."""
     room_wanted: int = 0
@@ -142,7 +168,7 @@ class Client:
             return max(self.headroom, resident), 0, 0
         if self.emptied:
             return resident, resident, 0
-        return resident, 0, resident if self.unmovable else 0
+        return resident, 0, resident if self.stuck else 0
 
     @property
     def state(self) -> str:
@@ -150,7 +176,7 @@ class Client:
         if self.evacuating:
             return "evacuating"
         if self.lease:
-            return "restoring" if self.evacuated else "running"
+            return "restoring" if self.evacuated or self.resuming else "running"
         if self.waiting:
             return "waiting"
         if self.evacuated:

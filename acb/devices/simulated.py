@@ -26,6 +26,9 @@ __all__ = ["Card", "CardError", "CardOutOfMemory", "Violation", "card_paths", "c
 _SHORTEST_WAIT = 0.0005
 """Seconds: waits for the bus are gathered up to this, for the system's timer is no finer."""
 
+_LOCK_POLL = 0.001
+"""Seconds between two looks at whether the driver has let this process go."""
+
 
 def create_cards(directory: Path, spec: SimulatedSpec) -> list[Path]:
     """Make the cards of `spec`, ``gpu0.card`` and so on; existing ones with the same values are kept.
@@ -141,13 +144,14 @@ class Card:
         """
         if nbytes < 0:
             raise ValueError(f"cannot allocate {nbytes} bytes")
+        self._wait_while_locked()
         with _Locked(self):
             slot = self._claimed()
             words, held = self._words, layout.HELD
-            used = sum(words[held : held + words[layout.HIGH_WATER]])
+            used = self._file.used()
             if used + nbytes > self.capacity:
                 self._file.reclaim()
-                used = sum(words[held : held + words[layout.HIGH_WATER]])
+                used = self._file.used()
                 if used + nbytes > self.capacity:
                     raise CardOutOfMemory(nbytes, used, self.capacity)
             # No call between reading and writing: the interpreter can run a finalizer, or another thread, only at one.
@@ -209,7 +213,8 @@ class Card:
         words = self._words
         count = words[layout.HIGH_WATER]
         pids = words[layout.PIDS : layout.PIDS + count].tolist()
-        return sum(words[layout.HELD + slot] for slot, owner in enumerate(pids) if owner == pid)
+        slots = [slot for slot, owner in enumerate(pids) if owner == pid and words[layout.STATES + slot] != 2]
+        return sum(words[layout.HELD + slot] for slot in slots)
 
     def used(self) -> int:
         """Bytes held by all live processes."""
@@ -229,7 +234,8 @@ class Card:
         with _Locked(self):
             self._file.reclaim()
             for slot, pid in self._file.slots():
-                found[pid] = found.get(pid, 0) + self._words[layout.HELD + slot]
+                there = self._words[layout.STATES + slot] != 2
+                found[pid] = found.get(pid, 0) + there * self._words[layout.HELD + slot]
         return list(found.items())
 
     # --- the referee --------------------------------------------------------------------------------------------------
@@ -268,6 +274,11 @@ class Card:
                     slot = self._claimed()
             self._active += 1
             self._words[layout.ACTIVE + slot] = self._active
+        if self._words[layout.STATES + slot]:
+            self._end()
+            self._wait_while_locked()
+            self._begin(name)
+            return
         # After showing itself: then either the broker sees this operation, or this process the new holders.
         if self._words[layout.GENERATION] != self._generation:
             self._read_holders()
@@ -275,6 +286,11 @@ class Card:
             self._file.set_name(slot, name)
             if self._barred:
                 self._violate(name)
+
+    def _wait_while_locked(self) -> None:
+        """A call into the driver stops while the process is locked or checkpointed (see simulated_driver)."""
+        while self._slot is not None and self._words[layout.STATES + self._slot]:
+            _wait(_LOCK_POLL)
 
     def _end(self) -> None:
         with self._mutex:

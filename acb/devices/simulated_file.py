@@ -21,7 +21,7 @@ from acb.config import format_size
 from acb.processes import start_time
 
 MAGIC = int.from_bytes(b"acbcard\0", "little")
-VERSION = 1
+VERSION = 2
 
 # Places in the file, in words of eight bytes.
 CAPACITY, BANDWIDTH, SPEED, ORDINAL = 2, 3, 4, 5
@@ -29,6 +29,7 @@ HIGH_WATER = 6  # slots at and above this one were never used
 GENERATION = 7  # raised whenever the holders change
 HOLDERS_COUNT = 8  # one more than the number of holders; 0: no broker, no referee
 VIOLATIONS_COUNT = 9
+CHECKPOINTS = 10  # slots whose process is checkpointed: its memory is not on the card
 HOLDERS = 16
 MAX_HOLDERS = 64
 
@@ -37,7 +38,8 @@ PIDS = HOLDERS + MAX_HOLDERS
 STARTS = PIDS + SLOTS
 HELD = STARTS + SLOTS
 ACTIVE = HELD + SLOTS  # operations running now
-NAMES = ACTIVE + SLOTS  # of the operation begun last, NAME_BYTES each
+STATES = ACTIVE + SLOTS  # 0 running, 1 locked, 2 checkpointed, as the CUDA driver numbers them
+NAMES = STATES + SLOTS  # of the operation begun last, NAME_BYTES each
 NAME_BYTES = 64
 
 MAX_VIOLATIONS = 256
@@ -138,8 +140,23 @@ class CardFile:
 
     def clear(self, slot: int) -> None:
         """Give a slot back, and with it the memory that it holds; under lock()."""
+        self.set_state(slot, 0)
         for column in (HELD, ACTIVE, STARTS, PIDS):
             self.words[column + slot] = 0
+
+    def used(self) -> int:
+        """Bytes on the card, of dead processes too; under lock()."""
+        count = self.words[HIGH_WATER]
+        total: int = sum(self.words[HELD : HELD + count])
+        if self.words[CHECKPOINTS]:
+            total -= sum(self.words[HELD + slot] for slot in range(count) if self.words[STATES + slot] == 2)
+        return total
+
+    def set_state(self, slot: int, state: int) -> None:
+        """Lock, checkpoint or let go the process in `slot`; under lock()."""
+        before = self.words[STATES + slot]
+        self.words[CHECKPOINTS] += (state == 2) - (before == 2)
+        self.words[STATES + slot] = state
 
     def reclaim(self) -> None:
         """Clear the slots of dead processes; under lock()."""

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from acb.broker.core import Broker, Gpu
 from acb.broker.policies import POLICIES
+from acb.broker.state import Resume, Suspend
 from acb.protocol import (
     VERSION,
     Evacuate,
@@ -41,6 +42,8 @@ class Program:
         self.gpus: tuple[int, ...] = ()
         self.lease = self.waiting = self.revoked = self.evacuate = self.restoring = self.refused = False
         self.room_answers = self.room_asked = 0
+        self.suspend = self.resume = False
+        self.parked = 0
 
     def take(self, message: Message) -> None:
         if isinstance(message, Grant):
@@ -58,6 +61,14 @@ class Program:
         elif isinstance(message, Evacuate):
             assert not self.lease
             self.evacuate = True
+        elif isinstance(message, Suspend):
+            assert not self.lease
+            assert not self.parked
+            self.suspend = True
+        elif isinstance(message, Resume):
+            assert self.waiting
+            assert self.parked
+            self.resume = True
         elif isinstance(message, Room):
             self.room_answers += 1
         elif isinstance(message, Refused):
@@ -73,12 +84,16 @@ class Histories(RuleBasedStateMachine):
     @initialize(
         policy=st.sampled_from(sorted(POLICIES)),
         slots=st.integers(1, 2),
+        driver=st.booleans(),
         sizes=st.lists(st.sampled_from([CAPACITY, CAPACITY, CAPACITY // 2]), min_size=1, max_size=3),
     )
-    def start(self, policy: str, slots: int, sizes: list[int]) -> None:
-        self.make = lambda: Broker(
-            [Gpu(i, size, str(i), slots) for i, size in enumerate(sizes)], POLICIES[policy](None)
-        )
+    def start(self, policy: str, slots: int, driver: bool, sizes: list[int]) -> None:
+        def make() -> Broker:
+            broker = Broker([Gpu(i, size, str(i), slots) for i, size in enumerate(sizes)], POLICIES[policy](None))
+            broker.driver_tier(driver, 0.0)
+            return broker
+
+        self.make = make
         self.broker = self.make()
         self.count, self.largest = len(sizes), max(sizes)
         self.programs: dict[int, Program] = {}
@@ -156,6 +171,26 @@ class Histories(RuleBasedStateMachine):
             program.evacuated += moved
             self.tell(client, Evacuated(program.resident, moved, 0.1, "no host memory" if refuse else ""))
 
+    @rule(data=st.data(), problem=st.sampled_from(["", "", "timeout"]))
+    def driver_suspends(self, data: st.DataObject, problem: str) -> None:
+        if found := self.pick(data, lambda p: p.suspend):
+            client, program = found
+            program.suspend = False
+            if not problem:
+                program.parked, program.resident = program.resident, 0
+            self.now += 0.001
+            self.deliver(self.broker.suspended(client, problem, 0.1, self.now))
+
+    @rule(data=st.data(), problem=st.sampled_from(["", "", "room", "lost"]))
+    def driver_resumes(self, data: st.DataObject, problem: str) -> None:
+        if found := self.pick(data, lambda p: p.resume):
+            client, program = found
+            program.resume = False
+            if not problem:
+                program.resident, program.parked = program.resident + program.parked, 0
+            self.now += 0.001
+            self.deliver(self.broker.resumed(client, problem, self.now, lost=problem == "lost"))
+
     @rule(data=st.data(), nbytes=st.integers(1, CAPACITY))
     def more_room(self, data: st.DataObject, nbytes: int) -> None:
         if found := self.pick(data, lambda p: p.lease and p.room_asked == p.room_answers and not p.restoring):
@@ -165,7 +200,7 @@ class Histories(RuleBasedStateMachine):
     @rule(data=st.data(), truth=st.integers(0, CAPACITY))
     def observe(self, data: st.DataObject, truth: int) -> None:
         """The device says that a program has lied."""
-        if found := self.pick(data, lambda p: not p.lease and not p.evacuate and p.gpus):
+        if found := self.pick(data, lambda p: not (p.lease or p.evacuate or p.suspend or p.parked) and p.gpus):
             self.now += 0.001
             self.deliver(self.broker.observed(found[0], truth, self.now))
             found[1].resident = self.broker.clients[found[0]].resident
@@ -195,7 +230,9 @@ class Histories(RuleBasedStateMachine):
                 del self.programs[client]
                 self.deliver(self.broker.recovered({1000 + client}, self.now))
                 continue
-            program.evacuate = program.revoked = False
+            program.evacuate = program.revoked = program.resume = False
+            if program.suspend:  # nobody waits for the driver's answer any more; it has done it
+                program.parked, program.resident, program.suspend = program.resident, 0, False
             program.room_asked = program.room_answers = 0
             gpu = -1
             if program.gpus:
@@ -215,6 +252,8 @@ class Histories(RuleBasedStateMachine):
             if program.lease and not welcome.lease:
                 program.lease, program.waiting, program.restoring = False, False, False
             self.deliver([send for send in sends if send.message is not welcome])
+            if program.parked:
+                self.deliver(self.broker.found_suspended(client, program.parked, self.now))
         for client, program in list(self.programs.items()):
             if program.waiting:
                 self.tell(client, Request())
@@ -228,7 +267,7 @@ class Histories(RuleBasedStateMachine):
     )
     def talk_nonsense(self, data: st.DataObject, nonsense: Message) -> None:
         """What a confused client says out of turn changes nothing (a Refused to it is not a refusal of its request)."""
-        if found := self.pick(data, lambda p: not (p.lease or p.evacuate or p.waiting)):
+        if found := self.pick(data, lambda p: not (p.lease or p.evacuate or p.suspend or p.waiting)):
             self.now += 0.001
             self.deliver(
                 [s for s in self.broker.handle(found[0], nonsense, self.now) if not isinstance(s.message, Refused)]
@@ -240,7 +279,8 @@ class Histories(RuleBasedStateMachine):
             self.broker.check()
             for client, program in self.programs.items():
                 view = self.broker.clients[client]
-                assert (view.lease, view.waiting) == (program.lease, program.waiting), self.broker.log
+                said = (False, True) if view.resuming else (view.lease, view.waiting)
+                assert said == (program.lease, program.waiting), self.broker.log
                 assert view.resident <= CAPACITY
 
     def teardown(self) -> None:
@@ -253,7 +293,14 @@ class Histories(RuleBasedStateMachine):
                 break
             self.wait(1.0)
             for client, program in list(self.programs.items()):
-                if program.evacuate:
+                if program.suspend:
+                    program.suspend, program.parked, program.resident = False, program.resident, 0
+                    self.deliver(self.broker.suspended(client, "", 0.1, self.now))
+                elif program.resume:
+                    program.resume = False
+                    program.resident, program.parked = program.resident + program.parked, 0
+                    self.deliver(self.broker.resumed(client, "", self.now))
+                elif program.evacuate:
                     program.evacuate = False
                     program.evacuated, program.resident = program.evacuated + program.resident, 0
                     self.tell(client, Evacuated(0, program.evacuated, 0.1))
