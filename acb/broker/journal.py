@@ -1,6 +1,8 @@
-"""What the next broker must know if this one ends before its clients: its options, and which processes they are.
+"""What the next broker must know if this one ends before its clients: its options, which processes they are, and whom
+the driver has suspended.
 
-One small JSON file beside the socket, replaced as a whole when a client comes or goes, never on the way of a lease.
+One small JSON file beside the socket, replaced as a whole when a client comes or goes, is suspended or resumed, never
+on the way of another lease.
 """
 
 from __future__ import annotations
@@ -9,9 +11,16 @@ import contextlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from acb.processes import start_time
+
+
+class Suspended(NamedTuple):
+    """A process whose memory the driver has moved: `nbytes` in all, `needs` bytes by UUID of the GPU to come back."""
+
+    nbytes: int
+    needs: dict[str, int]
 
 
 class Journal:
@@ -21,6 +30,7 @@ class Journal:
         self.path = path
         self.options: dict[str, Any] = {}
         self._clients: dict[int, int] = {}
+        self._suspended: dict[int, Suspended] = {}
 
     def read(self) -> bool:
         """Take in what the broker before left; False when there is nothing, or nothing that can be understood."""
@@ -28,6 +38,8 @@ class Journal:
             found = json.loads(self.path.read_text())
             self.options = dict(found["options"])
             self._clients = {int(pid): int(start) for pid, start in found["clients"].items()}
+            for pid, (nbytes, needs) in found.get("suspended", {}).items():
+                self._suspended[int(pid)] = Suspended(int(nbytes), {str(gpu): int(size) for gpu, size in needs.items()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return False
         return True
@@ -40,6 +52,7 @@ class Journal:
         """A new broker has begun with these options. Raises OSError when the file cannot be written."""
         self.options = options
         self._clients = {pid: self._clients[pid] for pid in self.survivors()}
+        self._suspended = {pid: kept for pid, kept in self._suspended.items() if pid in self._clients}
         self._write()
 
     def came(self, pid: int) -> None:
@@ -51,7 +64,22 @@ class Journal:
 
     def went(self, pid: int) -> None:
         """This process is no client any more."""
+        self._suspended.pop(pid, None)
         if self._clients.pop(pid, None) is not None:
+            self._write_if_possible()
+
+    def suspended(self, pid: int) -> Suspended | None:
+        """What the driver has moved, or may have moved, of this process; None: nothing."""
+        return self._suspended.get(pid)
+
+    def suspends(self, pid: int, what: Suspended) -> None:
+        """The driver moves this process's memory, or has: said before it is asked, and again when it has answered."""
+        self._suspended[pid] = what
+        self._write_if_possible()
+
+    def resumed(self, pid: int) -> None:
+        """The process goes on."""
+        if self._suspended.pop(pid, None) is not None:
             self._write_if_possible()
 
     def remove(self) -> None:
@@ -67,7 +95,9 @@ class Journal:
     def _write(self) -> None:
         draft = self.path.with_suffix(".draft")
         try:
-            draft.write_text(json.dumps({"options": self.options, "clients": self._clients}))
+            draft.write_text(
+                json.dumps({"options": self.options, "clients": self._clients, "suspended": self._suspended})
+            )
             os.replace(draft, self.path)
         except OSError:
             with contextlib.suppress(OSError):

@@ -20,10 +20,12 @@ from typing import Any, Protocol
 from acb import processes
 from acb._version import __version__
 from acb.broker.core import Broker, Client, Gpu, Send
+from acb.broker.drivertier import DriverTier
 from acb.broker.history import History
 from acb.broker.journal import Journal
 from acb.broker.metrics import Metrics
 from acb.broker.policies import POLICIES
+from acb.broker.state import Resume, Suspend
 from acb.protocol import (
     MAX_PACKET,
     VERSION,
@@ -86,11 +88,13 @@ class Server:
         quantum: float | None = None,
         description: str = "",
         history: History | None = None,
+        driver: DriverTier | None = None,
     ) -> None:
         self._path = path
         self._history = history or History(None)
         self._core = Broker(gpus, POLICIES[scheduler](quantum), self._history.programs)
         self._journal = journal
+        self._driver = driver
         self._referees = {gpu.ordinal: referee for gpu, referee in zip(gpus, referees, strict=False)}
         self._metrics = Metrics()
         self._description = description
@@ -104,6 +108,7 @@ class Server:
         self._recover_until: float | None = None
         self._holders: list[set[int] | None] = [None for _ in gpus]  # as the referees were told; None: not yet
         self._ending: dict[int, Connection] = {}  # by a descriptor that tells of the end of a client's process
+        self._driver_off = False
         self._full = False  # no further connection can be accepted
         self._listener = self._listen()
 
@@ -116,6 +121,9 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._signalled)
         self._poller.register(wake_read, select.EPOLLIN)
+        if self._driver is not None:
+            self._poller.register(self._driver, select.EPOLLIN)
+            self._core.driver_tier(True, time.monotonic())
         survivors = self._journal.survivors()
         if survivors:
             self._core.recover(survivors)
@@ -136,6 +144,8 @@ class Server:
                     # Else it was closed on behalf of an earlier one of these.
                 if self._recover_until is not None:
                     self._check_recovery()
+                if self._driver is not None:
+                    self._check_driver(self._driver)
                 if self._core.wake_at is not None and self._core.wake_at <= time.monotonic():
                     self._deliver(self._core.tick(time.monotonic()))
         finally:
@@ -170,6 +180,8 @@ class Server:
         for referee in self._referees.values():
             referee.set_holders(None)
         self._history.save()
+        if self._driver is not None:
+            self._driver.close()
         self._listener.close()
         self._path.unlink(missing_ok=True)
         if not self._journal.survivors():  # else they keep what they hold, and the next broker must know of them
@@ -178,10 +190,27 @@ class Server:
     def _timeout(self) -> float | None:
         """Seconds until something must be looked at, at the latest; None: not before a packet comes."""
         wake_at = self._core.wake_at
-        left = None if wake_at is None else max(0.0, wake_at - time.monotonic())
+        due = self._driver.due() if self._driver is not None else None
+        wakes = [moment for moment in (wake_at, due) if moment is not None]
+        left = max(0.0, min(wakes) - time.monotonic()) if wakes else None
         if self._recover_until is not None:
             return 0.05 if left is None else min(0.05, left)
         return left
+
+    def _check_driver(self, driver: DriverTier) -> None:
+        """Tell the core what the driver has done; does not wait."""
+        for done in driver.done():
+            client = self._core.clients.get(done.client)
+            if done.problem and client is not None:
+                _log(f"process {client.pid} cannot be {done.op}{'d' if done.op == 'resume' else 'ed'}: {done.problem}")
+            if done.op == "suspend":
+                self._deliver(self._core.suspended(done.client, done.problem, done.seconds, time.monotonic()))
+            else:
+                self._deliver(self._core.resumed(done.client, done.problem, time.monotonic(), lost=done.lost))
+        if driver.unavailable and not self._driver_off:
+            self._driver_off = True
+            _log(f"the driver cannot move memory here: {driver.unavailable}")
+            self._deliver(self._core.driver_tier(False, time.monotonic()))
 
     def _check_recovery(self) -> None:
         """The clients of a broker that died: stop waiting for those that are dead too, and for all after a while."""
@@ -304,6 +333,9 @@ class Server:
             self._metrics.received(message)
             if isinstance(message, Hello) and connection.id in self._core.clients:
                 self._journal.came(connection.pid)
+                kept = self._journal.suspended(connection.pid)
+                if kept is not None and self._driver is not None:
+                    self._deliver(self._core.found_suspended(connection.id, kept.nbytes, time.monotonic()))
 
     def _corrected(self, connection: Connection, message: Message) -> Message:
         """The message with what the device says that the client has there, where it can say."""
@@ -331,6 +363,9 @@ class Server:
             connection = self._connections.get(send.client)
             if connection is None:
                 continue
+            if self._driver is not None and isinstance(send.message, (Suspend, Resume)):
+                self._drive(self._driver, connection, send.message)
+                continue
             sent = connection.send(send.message)
             client = self._core.clients.get(send.client)
             self._metrics.sent(send.message, client.granted_at - client.asked_at if client else 0.0)
@@ -341,6 +376,14 @@ class Server:
                 leaving.append(connection)
         for connection in leaving:  # only now: what follows from it is to be said after all that was decided before
             self._drop(connection)
+
+    def _drive(self, driver: DriverTier, connection: Connection, message: Suspend | Resume) -> None:
+        client = self._core.clients[connection.id]
+        if isinstance(message, Resume):
+            driver.resume(client.id, client.pid)
+        else:
+            needs = {gpu.visible: client.resident for gpu in client.gpus}
+            driver.suspend(client.id, client.pid, client.resident, needs)
 
     def _tell_referees(self) -> None:
         for index, gpu in enumerate(self._core.gpus):
@@ -447,6 +490,7 @@ def _client_report(client: Client, now: float) -> dict[str, Any]:
         "waiting_s": round(now - client.asked_at, 3) if client.waiting else None,
         "leased_s": round(now - client.granted_at, 3) if client.lease else None,
         "revoked": client.revoked,
+        "suspended": client.suspended,
         "unmovable": _printable(client.unmovable[:REASON_LENGTH]) or None,
     }
 

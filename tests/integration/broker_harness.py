@@ -100,6 +100,11 @@ class Site:
         wait_until("the broker to answer", answers)
         return process.pid
 
+    @staticmethod
+    def children(pid: int) -> list[int]:
+        """The processes that this one has started."""
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
     def broker_log(self) -> str:
         """What the last broker has said."""
         return (self.log / f"broker{len(self.brokers) - 1}").read_text()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from acb.broker.journal import Journal
+from acb.broker.journal import Journal, Suspended
 from acb.processes import start_time
 
 
@@ -113,4 +113,19 @@ def test_a_full_disk_stops_no_broker_that_runs(path: Path) -> None:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert os.listdir(path.parent) == [path.name]
-    assert json.loads(path.read_text()) == {"options": {"scheduler": "fifo"}, "clients": {}}
+    assert json.loads(path.read_text()) == {"options": {"scheduler": "fifo"}, "clients": {}, "suspended": {}}
+
+
+def test_the_next_broker_hears_whom_the_driver_has_suspended(path: Path) -> None:
+    journal = Journal(path)
+    journal.begin({})
+    journal.came(os.getpid())
+    journal.suspends(os.getpid(), Suspended(500, {"GPU-x": 600}))
+    journal.suspends(1 << 30, Suspended(1, {}))  # no process of ours
+    following = Journal(path)
+    assert following.read()
+    following.begin({})
+    assert following.suspended(os.getpid()) == Suspended(500, {"GPU-x": 600})
+    assert following.suspended(1 << 30) is None
+    following.resumed(os.getpid())
+    assert json.loads(path.read_text())["suspended"] == {}

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from acb.broker.core import Gpu
+from acb.broker.drivertier import DriverTier
+from acb.broker.journal import Journal
 from acb.config import (
     EX_CANTCREAT,
     EX_DATAERR,
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+CHECKPOINT_SINCE = 570
+"""NVIDIA's driver branch that has the checkpoint calls."""
+
+SIMULATED_TIER = "acb.devices.simulated_driver:tier"
+
 
 @dataclass
 class Pool:
@@ -35,10 +42,19 @@ class Pool:
     cards: list[Card] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     directory: Path | None = None
+    driver_version: str | None = None
 
     def variables(self) -> dict[str, str]:
         """The environment, and the pool's GPU count and largest size, by which a launcher can tell what is too much."""
         return {**self.environment, "ACB_POOL": f"{len(self.gpus)}x{max(gpu.capacity for gpu in self.gpus)}"}
+
+    def driver_tier(self, choice: str, journal: Journal) -> DriverTier | None:
+        """What has the driver move memory, as ``--driver-tier`` has it: ``auto``, ``on`` or ``off``."""
+        if self.cards:
+            return DriverTier(journal, SIMULATED_TIER, self.environment) if choice == "on" else None
+        major = (self.driver_version or "").partition(".")[0]
+        can = major.isdigit() and int(major) >= CHECKPOINT_SINCE
+        return DriverTier(journal) if choice == "on" or (choice == "auto" and can) else None
 
     def close(self) -> None:
         """Remove the simulated cards, unless a program still uses them."""
@@ -63,7 +79,7 @@ def real(chosen: Sequence[str] | None) -> Pool:
 
     try:
         with nvml.Nvml() as session:
-            found = session.devices
+            found, version = session.devices, session.driver_version()
             obstacles = {device: session.settings(device.uuid).obstacle(device) for device in found}
     except nvml.NvmlError as error:
         raise ConfigError(
@@ -83,7 +99,8 @@ def real(chosen: Sequence[str] | None) -> Pool:
                 raise ConfigError(obstacle, EX_UNAVAILABLE)
     picked = lendable
     gpus = [Gpu(device.ordinal, device.capacity, device.uuid) for device in picked]
-    return Pool(gpus, ", ".join(f"{device.name} ({format_size(device.capacity)})" for device in picked))
+    words = ", ".join(f"{device.name} ({format_size(device.capacity)})" for device in picked)
+    return Pool(gpus, words, driver_version=version)
 
 
 def simulated(spec: SimulatedSpec, chosen: Sequence[str] | None) -> Pool:

@@ -69,6 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=argument(_seconds),
         help="protect a busy program for so long when others wait (default: 33 times what swapping costs, 1 to 120 s)",
     )
+    parser.add_argument(
+        "--driver-tier", choices=("auto", "on", "off"), default="auto",
+        help="have the CUDA driver move what frameworks cannot: where it can (auto; simulated GPUs: on), or not",
+    )  # fmt: skip
     parser.add_argument("--foreground", action="store_true", help="stay in the foreground and log to stderr")
     parser.add_argument("--recover", action="store_true", help="use the options of a broker that left its clients")
     parser.add_argument("--log", metavar="FILE", type=Path, help=argparse.SUPPRESS)  # where to log once it runs
@@ -119,6 +123,8 @@ def _take_over(options: argparse.Namespace) -> None:
                     setattr(options, name, parse(text))
         if journal.options.get("scheduler") in POLICIES:
             options.scheduler = journal.options["scheduler"]
+        if journal.options.get("driver_tier") in ("auto", "on", "off"):
+            options.driver_tier = journal.options["driver_tier"]
         with contextlib.suppress(ConfigError):
             options.slots = _slots(str(journal.options.get("slots", options.slots)))
 
@@ -136,6 +142,7 @@ def _options(options: argparse.Namespace) -> dict[str, Any]:
         "simulate_gpus": str(options.simulate_gpus) if options.simulate_gpus else None,
         "scheduler": options.scheduler,
         "slots": str(options.slots),
+        "driver_tier": options.driver_tier,
         "quantum": None if options.quantum is None else str(options.quantum),
     }
 
@@ -239,8 +246,9 @@ def _set_up(path: Path, pool: pools.Pool, journal: Journal, options: argparse.Na
             gpu.slots = options.slots
         history = History(programs_path())
         server = Server(
-            path, pool.gpus, journal, pool.cards, options.scheduler, options.quantum, pool.description, history
-        )
+            path, pool.gpus, journal, pool.cards, options.scheduler, options.quantum, pool.description, history,
+            pool.driver_tier(options.driver_tier, journal),
+        )  # fmt: skip
         pid_path().write_text(f"{os.getpid()}\n")
         if options.log is not None:
             os.dup2(log.fileno(), 2)

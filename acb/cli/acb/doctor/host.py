@@ -8,8 +8,8 @@ import resource
 from pathlib import Path
 
 from acb.cli.acb.doctor.check import Check
-from acb.client.hostmemory import RESERVE, available_bytes
 from acb.config import format_size
+from acb.hostmemory import RESERVE, available_bytes
 
 SECTION = "Host"
 

@@ -1,0 +1,154 @@
+"""The server's end of the driver tier: the core's Suspend and Resume become requests to the checkpoint helper.
+
+    tier = DriverTier(journal)                          # starts nothing before the first suspend()
+    tier.suspend(client_id, pid, nbytes, needs); poller.register(tier, select.EPOLLIN)
+    for done in tier.done(): ...                        # when that is readable, or due() has come
+
+Whether it works here is tried first, once, on a throw-away process. Who is suspended stands in the journal from before
+the driver is asked: should the broker die, the next one must know of programs that are stopped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+from acb import hostmemory
+from acb.broker.checkpointing import Helper
+from acb.broker.journal import Journal, Suspended
+from acb.devices.checkpoint import Outcome
+from acb.devices.checkpoint_probe import Probe
+
+Op = Literal["suspend", "resume"]
+
+REST = 5.0
+"""Seconds in which a process without a lease must come to rest: it should have no work queued at all."""
+
+DEADLINE, RATE = 30.0, 1 << 30
+"""Seconds, and bytes a second, that a request is given: a helper that is ended in the midst may cost the program."""
+
+PROBE_DEADLINE = 120.0
+"""Seconds for the throw-away process."""
+
+ROOM = 2.0
+"""Seconds in which memory that others have given up must have become free."""
+
+
+class Done(NamedTuple):
+    """A request's end: `problem` is a sentence, '' when it was done. `lost`: nothing can bring the memory back."""
+
+    client: int
+    op: Op
+    problem: str
+    seconds: float = 0.0
+    lost: bool = False
+
+
+class _Request(NamedTuple):
+    op: Op
+    client: int
+    pid: int
+    nbytes: int
+    releasing: str = ""
+    """Why the helper's answer is to be found out by letting the process go."""
+
+
+class DriverTier:
+    """See the module. Not for several threads."""
+
+    def __init__(self, journal: Journal, tier: str | None = None, environment: dict[str, str] | None = None) -> None:
+        """`tier`: MODULE:FUNCTION for the helper, which is then known to work, with this `environment` besides this
+        process's; None: the real driver."""
+        self._helper = Helper(tier, {**os.environ, **(environment or {})})
+        self._journal = journal
+        self._works: bool | None = None if tier is None else True
+        self._probe: int | None = None
+        self._held_back: list[Callable[[], None]] = []
+        self._requests: dict[int, _Request] = {}
+        self._done: list[Done] = []
+        self.unavailable = ""
+        """Why there is no driver tier here, once that is known."""
+
+    def fileno(self) -> int:
+        """Readable when done() has something to do, but for a deadline."""
+        return self._helper.fileno()
+
+    def due(self) -> float | None:
+        """When done() has to be called all the same, on time.monotonic()'s clock; None: not."""
+        return 0.0 if self._done else self._helper.due()
+
+    def suspend(self, client: int, pid: int, nbytes: int, needs: dict[str, int]) -> None:
+        """Have the process's memory moved, `nbytes` as the broker counts; `needs`: the same by UUID of the GPU."""
+        request = _Request("suspend", client, pid, nbytes)
+        self._journal.suspends(pid, Suspended(nbytes, needs))
+        free = hostmemory.available_bytes()
+        limit = None if free is None else max(0, free - hostmemory.RESERVE)
+        self._when_it_works(lambda: self._submit(request, "suspend", timeout=REST, host_free=limit), request)
+
+    def resume(self, client: int, pid: int) -> None:
+        """Have it brought back: the room is there, as far as the broker knows."""
+        kept = self._journal.suspended(pid) or Suspended(0, {})
+        request = _Request("resume", client, pid, kept.nbytes)
+        self._submit(request, "resume", needs=kept.needs, patience=ROOM)
+
+    def done(self) -> list[Done]:
+        """What has been answered since; does not wait."""
+        for answer in self._helper.receive():
+            if isinstance(answer.result, Probe):
+                self._probed(answer.result)
+            else:
+                self._take(self._requests.pop(answer.ticket), answer.result)
+        found, self._done = self._done, []
+        return found
+
+    def close(self) -> None:
+        """The broker ends."""
+        self._helper.close()
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _when_it_works(self, submit: Callable[[], None], request: _Request) -> None:
+        if self._works is None:
+            if self._probe is None:
+                self._probe = self._helper.submit("probe", deadline=PROBE_DEADLINE)
+            self._held_back.append(lambda: self._when_it_works(submit, request))
+        elif self._works:
+            submit()
+        else:
+            self._end(request, self.unavailable)
+
+    def _probed(self, result: Probe) -> None:
+        self._works, self.unavailable = result.works, "" if result.works else result.reason
+        waiting, self._held_back = self._held_back, []
+        for again in waiting:
+            again()
+
+    def _submit(self, request: _Request, op: str, **arguments: object) -> None:
+        deadline = DEADLINE + request.nbytes / RATE
+        self._requests[self._helper.submit(op, request.pid, deadline=deadline, **arguments)] = request
+
+    def _take(self, request: _Request, outcome: Outcome) -> None:
+        seconds = sum(outcome.seconds.values())
+        if request.releasing:
+            suspended = outcome.state == "checkpointed"
+            self._end(request, "" if suspended else request.releasing, seconds)
+        elif request.op == "suspend":
+            if outcome.done:
+                kept = self._journal.suspended(request.pid)
+                self._journal.suspends(
+                    request.pid, Suspended(request.nbytes, outcome.moved or (kept.needs if kept else {}))
+                )
+                self._end(request, "", seconds)
+            elif outcome.state in ("running", "failed") or outcome.problem in ("gone", "foreign", "unsupported"):
+                self._end(request, outcome.reason, seconds)
+            else:  # what state it is in is to be found out; if it is only locked, let it go
+                self._submit(request._replace(releasing=outcome.reason), "release")
+        else:
+            lost = outcome.state == "failed" or outcome.problem == "gone"
+            self._end(request, "" if outcome.done else outcome.reason or "unknown", seconds, lost)
+
+    def _end(self, request: _Request, problem: str, seconds: float = 0.0, lost: bool = False) -> None:
+        if bool(problem) == (request.op == "suspend"):
+            self._journal.resumed(request.pid)
+        self._done.append(Done(request.client, request.op, problem, seconds, lost))
