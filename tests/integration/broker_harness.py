@@ -341,9 +341,14 @@ class FakeBroker:
                 return message
 
     def silent(self) -> bool:
-        """Whether the program has said nothing more until now."""
+        """Whether the program has said nothing more until now, but of its memory."""
         assert self._peer is not None
-        return not select.select([self._peer], [], [], 0)[0]
+        while select.select([self._peer], [], [], 0)[0]:
+            packet = self._peer.recv(1 << 17, socket.MSG_PEEK)
+            if not packet or not isinstance(decode(packet), Holds):
+                return False
+            self._peer.recv(1 << 17)
+        return True
 
     def hang_up(self) -> None:
         if self._peer is not None:
