@@ -18,7 +18,8 @@ class EvacuationError(Exception):
 
 class Evacuator(Protocol):
     """Moves one framework's memory. All methods are called by one thread at a time, at a safe point: no thread of the
-    program is in a region, and none can enter one until the agent opens the gate again.
+    program is in a region, and none can enter one until the agent opens the gate again. But for resident() and peak(),
+    which may be called at any moment.
 
     A program with several GPUs gets them all at once and gives all up at once, each with the same headroom. So bytes
     are always those on the fullest of its GPUs: what each of them needs room for at most.
