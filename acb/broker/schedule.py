@@ -113,7 +113,7 @@ class Scheduler:
 
     def _assign(self, unit: Unit) -> None:
         """Choose GPUs: a single unit may still go elsewhere until it has been let in, several GPUs are for good."""
-        floor = max((self._room.floor(client) for client in unit.members.values()), default=0)
+        floor = max((self._room.floor(client) for client in unit.wanting()), default=0)
         fitting = self._policy.gpus([gpu for gpu in self._gpus if gpu.capacity >= floor])
         unit.load = self._expected_load(unit)
         self.place(unit, sorted(fitting[: unit.size], key=lambda gpu: gpu.ordinal), bound=unit.size > 1)
@@ -272,13 +272,8 @@ class Scheduler:
     def _grant(self, client: Client, now: float) -> None:
         gpus = client.gpus
         client.headroom = min([min(self._room.want(client, gpu), self._room.free(gpu, client)) for gpu in gpus])
-        client.waiting, client.lease, client.emptied, client.granted_at, client.started_at = (
-            False,
-            True,
-            False,
-            now,
-            now,
-        )
+        client.waiting, client.lease, client.emptied = False, True, False
+        client.granted_at = client.started_at = now
         self._room.settle(client)
         for gpu in gpus:
             gpu.holders.add(client.id)

@@ -182,3 +182,11 @@ def test_a_new_broker_finds_a_gang_where_it_was() -> None:
     assert [unit.gang for gpu in broker.gpus[1:] for unit in gpu.units] == ["g", "g"]
     assert set(_grants(broker.handle(3, Request(), 0.3))) == {3}
     broker.check()
+
+
+def test_a_member_that_asks_for_too_much_does_not_keep_the_others_waiting() -> None:
+    broker = _broker(2, member(0), member(1, memory_hint=CAPACITY + 1))
+    assert set(_grants(broker.handle(1, Request(), 0.0))) == {1}
+    [(_, refused)] = broker.handle(2, Request(), 0.0)
+    assert isinstance(refused, Refused)
+    broker.check()
