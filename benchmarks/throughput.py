@@ -67,9 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     plan = Plan(
         options.mix,
-        options.seconds or (1.5 if options.quick else 12.0),
+        options.seconds or (1.5 if options.quick else 24.0),
         traces.GPU_SHARE[options.mix],
-        6 if options.quick else 32,
+        6 if options.quick else 64,
         options.seed,
     )
     if options.quantum_table:
@@ -106,10 +106,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mix", choices=sorted(traces.GPU_SHARE), default="alphafold2", help="(default: %(default)s)")
     parser.add_argument("--jobs", type=_sizes, metavar="LIST", help="such as 1,4,16: above 8 on four GPUs (all)")
     parser.add_argument("--policies", type=_policies, metavar="LIST", help="such as fifo,fair (all)")
-    parser.add_argument("--seconds", type=_seconds, metavar="S", help="a job's time alone (12)")
+    parser.add_argument("--seconds", type=_seconds, metavar="S", help="a job's time alone (24)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of each job's targets (%(default)s)")
     parser.add_argument(
-        "--side-by-side", type=report.positive, default=3, metavar="N", help="scenes at the same time (%(default)s)"
+        "--side-by-side", type=report.positive, default=5, metavar="N", help="scenes at the same time (%(default)s)"
     )
     parser.add_argument("--trace", type=Path, metavar="DIR", help="a trace of each scene under the broker in DIR")
     parser.add_argument("--quantum-table", action="store_true", help="throughput over the quantum, and nothing else")

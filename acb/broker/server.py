@@ -23,6 +23,7 @@ from acb.broker.core import Broker, Client, Gpu, Send
 from acb.broker.drivertier import DriverTier
 from acb.broker.history import History
 from acb.broker.journal import Journal
+from acb.broker.meter import Meter
 from acb.broker.metrics import Metrics
 from acb.broker.policies import POLICIES
 from acb.broker.state import Resume, Suspend
@@ -89,12 +90,14 @@ class Server:
         description: str = "",
         history: History | None = None,
         driver: DriverTier | None = None,
+        meter: Meter | None = None,
     ) -> None:
         self._path = path
         self._history = history or History(None)
         self._core = Broker(gpus, POLICIES[scheduler](quantum), self._history.programs)
         self._journal = journal
         self._driver = driver
+        self._meter = meter
         self._referees = {gpu.ordinal: referee for gpu, referee in zip(gpus, referees, strict=False)}
         self._metrics = Metrics()
         self._description = description
@@ -146,6 +149,8 @@ class Server:
                     self._check_recovery()
                 if self._driver is not None:
                     self._check_driver(self._driver)
+                if self._meter is not None:
+                    self._check_meter(self._meter)
                 if self._core.wake_at is not None and self._core.wake_at <= time.monotonic():
                     self._deliver(self._core.tick(time.monotonic()))
         finally:
@@ -191,7 +196,8 @@ class Server:
         """Seconds until something must be looked at, at the latest; None: not before a packet comes."""
         wake_at = self._core.wake_at
         due = self._driver.due() if self._driver is not None else None
-        wakes = [moment for moment in (wake_at, due) if moment is not None]
+        look_at = self._meter.due(self._core.gpus) if self._meter is not None else None
+        wakes = [moment for moment in (wake_at, due, look_at) if moment is not None]
         left = max(0.0, min(wakes) - time.monotonic()) if wakes else None
         if self._recover_until is not None:
             return 0.05 if left is None else min(0.05, left)
@@ -211,6 +217,17 @@ class Server:
             self._driver_off = True
             _log(f"the driver cannot move memory here: {driver.unavailable}")
             self._deliver(self._core.driver_tier(False, time.monotonic()))
+
+    def _check_meter(self, meter: Meter) -> None:
+        """Let the core know what really lies on the GPUs."""
+        now = time.monotonic()
+        due = meter.due(self._core.gpus)
+        if due is None or now < due:
+            return
+        for client, nbytes in list(meter.look(self._core.gpus, now)):
+            self._deliver(self._core.observed(client, nbytes, now))
+        if meter.problem:
+            _log(f"the GPU does not say what processes hold, so what they say counts: {meter.problem}")
 
     def _check_recovery(self) -> None:
         """The clients of a broker that died: stop waiting for those that are dead too, and for all after a while."""

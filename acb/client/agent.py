@@ -22,7 +22,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from acb import config
-from acb.client import wishes
+from acb.client import visible, wishes
 from acb.client.evacuation import EvacuationError, Evacuator, evacuate_all
 from acb.client.gate import LONG_GAP
 from acb.client.phases import MAX_LINGER, MIN_LINGER, SwapCost, choose_linger
@@ -415,8 +415,7 @@ class Agent:
                 os.getpid(),
                 self._name,
                 memory_hint=_hint(),
-                gpu=-1 if self.gpu is None else self.gpu,
-                gpus=",".join(map(str, self.gpus)) if len(self.gpus) > 1 else "",
+                **self._place(),
                 holding=self.lease,
                 resident=self._resident(),
                 evacuated=self._evacuated,
@@ -424,6 +423,18 @@ class Agent:
                 **wishes.of_this_process()._asdict(),
             )
             self._send(hello)
+
+    def _place(self) -> dict[str, Any]:
+        """Fields of the Hello: where this process is bound, or wants to be."""
+        gpu, gpus = self.gpu, self.gpus
+        if gpu is None and not self._simulated:
+            wish = wishes.of_this_process()
+            gpus = visible.chosen(wish.gang_size or wish.count)
+            if gpus and len(gpus) == (wish.gang_size or wish.count):
+                gpu = gpus[wish.rank if wish.gang else 0]
+        if gpu is None:
+            return {"gpu": -1, "gpus": ""}
+        return {"gpu": gpu, "gpus": ",".join(map(str, gpus)) if len(gpus) > 1 else ""}
 
     def _missing(self, error: Exception) -> None:
         """No broker answers. After a while start one, or say how; with no way at all let the program run without."""
@@ -554,9 +565,8 @@ class Agent:
         self.lease, self._requested, self._revoked = True, False, False
         self._need, self._restore_wait, self._stall_after = 0, 0.0, STALL
         self._say_at = time.monotonic() + HEARTBEAT
-        if not self._simulated and grant.visible and os.environ.get("CUDA_VISIBLE_DEVICES") != grant.visible:
-            # Read by CUDA when it starts in this process; without effect, and without harm, after that.
-            os.environ["CUDA_VISIBLE_DEVICES"] = grant.visible
+        if not self._simulated and grant.visible:
+            visible.bind(grant.visible)  # without effect, and without harm, once CUDA has started
         if self._evacuated:
             self._restore()
         else:
@@ -784,6 +794,9 @@ def _start_broker(python: str) -> str:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "LD_PRELOAD"))}
     home = os.environ.get("ACB_HOME") or os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     environment |= {"ACB_DISABLE": "1", "PYTHONPATH": home}
+    environment.pop(visible.VARIABLE, None)  # it may be one GPU of this process's, and the broker has more
+    if (setting := visible.brokers()) is not None:
+        environment[visible.VARIABLE] = setting
     command = [python, "-m", "acb.cli.gpu_assigner", "start", "--recover"]
     try:
         done = subprocess.run(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from acb.client.evacuation import Evacuator
 
-from acb.client import wishes
+from acb.client import visible, wishes
 from acb.client.gate import Gate
 
 
@@ -31,8 +31,8 @@ class Client:
     def __init__(self) -> None:
         from acb.client.agent import Agent
 
-        self.gating = os.environ.get("ACB_BROKER") != "off"
         simulated = os.environ.get("ACB_SIMULATED")
+        self.gating = os.environ.get("ACB_BROKER") != "off" and bool(simulated or not _out_of_reach())
         self.simulated = Path(simulated) if simulated else None
         self.evacuators: list[Evacuator] = []
         self.agent = Agent(self.evacuators, name=_program_name(), simulated=self.simulated is not None)
@@ -58,6 +58,11 @@ class Client:
         if self.gating and self.agent.gpus:
             return len(self.agent.gpus)
         return wishes.visible_gpus()
+
+    @property
+    def bound(self) -> bool:
+        """Whether it is known which GPUs the program sees."""
+        return not self.gating or bool(self.agent.gpus) or self.agent.lease
 
     def add_evacuator(self, evacuator: Evacuator) -> None:
         """Let the agent move this framework's memory."""
@@ -122,6 +127,20 @@ def warn_once(key: str, message: str) -> None:
         print(f"acb: {message}", file=sys.stderr, flush=True)  # noqa: T201 - the one place that talks to the person
     except (OSError, ValueError, AttributeError):
         pass  # the program has closed its stderr
+
+
+def _out_of_reach() -> bool:
+    """Whether the program's environment leaves it no GPU of the broker's."""
+    if visible.hidden():
+        return True
+    if visible.foreign():
+        warn_once(
+            "foreign",
+            f"CUDA_VISIBLE_DEVICES={visible.users()} names no GPU that the broker lends, so process {os.getpid()} runs "
+            f"there without acb; unset it to let the broker choose",
+        )
+        return True
+    return False
 
 
 def _program_name() -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+from acb.client import visible
+
 
 class Wishes(NamedTuple):
     """Fields of the Hello, under its names."""
@@ -29,6 +31,8 @@ def of_this_process() -> Wishes:
         weight=_positive(environ.get("ACB_WEIGHT")),
         count=_whole(environ.get("ACB_GPUS"), 1, 1),
     )
+    if not environ.get("ACB_SIMULATED"):
+        wishes = wishes._replace(count=len(visible.chosen(wishes.count)) or wishes.count)
     size, rank = _whole(environ.get("LOCAL_WORLD_SIZE"), 1, 1), _whole(environ.get("LOCAL_RANK"), -1, -1)
     if size > 1 and 0 <= rank < size and "TORCHELASTIC_RUN_ID" in environ:
         # One port a torchrun and node; after a restart of its workers it is still the same gang.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from acb.client import runtime
+from acb.client import runtime, visible
 from acb.hooks.jax.fastpath import FastPath
 from acb.hooks.jax.internals import GATED, Internals, like, passing, replace, thread
 from acb.hooks.jax.room import again_with_more_room
@@ -63,7 +63,7 @@ def patches(fast_path: FastPath) -> list[Callable[[Internals], None]]:
         """A GPU's backend starts behind the gate: until then the process costs no GPU anything."""
 
         def make(original: Any) -> Any:
-            entering = in_region(original, lambda platform: platform in GATED)
+            entering = in_region(original, lambda platform: platform in GATED and not visible.hidden())
 
             @like(original)
             def _init_backend(platform: str) -> Any:
@@ -77,6 +77,15 @@ def patches(fast_path: FastPath) -> list[Callable[[Internals], None]]:
         replace(internals.xla_bridge, "_init_backend", make)
         if any(backend.platform in GATED for backend in internals.backends()):
             fast_path.activate()
+
+    def plugins(internals: Internals) -> None:
+        """The CUDA plugin counts the GPUs when it is found, before any backend starts, which fixes which they are."""
+
+        def concerns() -> bool:
+            wanted = internals.config.jax_platforms.value or "cuda"
+            return ("cuda" in wanted or "gpu" in wanted) and not visible.hidden() and _has_cuda_plugin()
+
+        replace(internals.xla_bridge, "discover_pjrt_plugins", lambda original: in_region(original, concerns))
 
     def callbacks(internals: Internals) -> None:
         """Python called by a computation that the gate let in: it must not wait there, or both would wait for ever."""
@@ -96,7 +105,21 @@ def patches(fast_path: FastPath) -> list[Callable[[Internals], None]]:
 
         replace(owner, "emit_python_callback", make)
 
-    return [counted_calls, executables, compilation, first_use, callbacks]
+    return [counted_calls, executables, compilation, plugins, first_use, callbacks]
+
+
+def _has_cuda_plugin() -> bool:
+    """Whether jax's CUDA plugin is installed, in either of the two ways in which jax finds plugins."""
+    import pkgutil
+    from importlib.metadata import entry_points
+
+    try:
+        import jax_plugins  # type: ignore[import-not-found]
+
+        names = [module.name for module in pkgutil.iter_modules(jax_plugins.__path__)]
+    except ImportError:
+        names = []
+    return any("cuda" in name for name in (*names, *(point.value for point in entry_points(group="jax_plugins"))))
 
 
 def _owner_of(name: str) -> Any:

@@ -36,6 +36,10 @@ def install(torch: ModuleType) -> None:
     install_gating(this.gate)
     if _patches is not None:
         patching.apply(_patches, (evacuator.peaks.patch,), warn_once)
+        if this.simulated is None:
+            from acb.hooks.torch import binding
+
+            patching.apply(_patches, binding.STEPS, warn_once)
     this.add_evacuator(evacuator)
 
     def rebuild() -> None:

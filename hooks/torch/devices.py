@@ -123,6 +123,8 @@ def operation_touches(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] |
         # By name, for a simulated GPU puts functions of its own in place of these.
         name = getattr(func, "__name__", "")
         return (name == "to" and len(args) > 1 and names_gated(args[1])) or (name == "cuda" and "cuda" in GATED)
+    if kwargs and kwargs.get("pin_memory") and "cuda" in GATED and not torch.cuda.is_initialized():
+        return True  # the first pinned buffer starts CUDA
     return func in _FACTORIES and (not kwargs or kwargs.get("device") is None) and default_is_gated()
 
 

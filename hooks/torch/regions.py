@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from acb.client import visible
 from acb.client.gate import MIN_GAP, Gate, ThreadState
 from acb.hooks.torch import devices, memory
 from acb.hooks.torch.devices import HOST_ONLY, operation_touches, runs_foreign_code, touches
@@ -350,7 +351,7 @@ def first_use(initialise: Callable[[], Any]) -> Any:
     """Initialise the device, through the gate: which GPU it is may only be known then."""
     global _used
     thread = here
-    if thread.state.depth or thread.exempt():
+    if thread.state.depth or thread.exempt() or visible.hidden():
         return initialise()
     if not thread.bare:
         return run(initialise, (), {})

@@ -241,7 +241,9 @@ def test_a_pool_of_all_or_of_those_chosen(driver: type[FakeNvml]) -> None:
     assert everything.description == "a (1GiB), b (2GiB), c (3GiB)"
     assert [gpu.visible for gpu in pool.real(["all"]).gpus] == UUIDS[:3]
     assert [gpu.ordinal for gpu in pool.real(["2", UUIDS[0]]).gpus] == [2, 0]
-    assert everything.environment == {}
+    entries = [f"{n}={uuid}" for n, uuid in enumerate(UUIDS[:3])]
+    assert everything.environment == {"ACB_DEVICES": ",".join(entries)}
+    assert pool.real(["1"]).environment == {"ACB_DEVICES": f"-{entries[0]},{entries[1]},-{entries[2]}"}
 
 
 @pytest.mark.parametrize("chosen", [["3"], ["0", "GPU-x"], ["-1"], ["GPU-a"]])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from acb.broker.core import Gpu
 from acb.broker.drivertier import DriverTier
 from acb.broker.journal import Journal
+from acb.broker.meter import Meter
 from acb.config import (
     EX_CANTCREAT,
     EX_DATAERR,
@@ -56,6 +57,17 @@ class Pool:
         can = major.isdigit() and int(major) >= CHECKPOINT_SINCE
         return DriverTier(journal) if choice == "on" or (choice == "auto" and can) else None
 
+    def meter(self) -> Meter | None:
+        """What tells how much each process holds of a real GPU. (Simulated ones are asked with every message.)"""
+        if self.cards:
+            return None
+        from acb.devices import nvml
+
+        try:
+            return Meter(nvml.Nvml().processes)  # open for the broker's life
+        except nvml.NvmlError:
+            return None
+
     def close(self) -> None:
         """Remove the simulated cards, unless a program still uses them."""
         if self.directory is not None and not any(card.processes() for card in self.cards):
@@ -80,6 +92,7 @@ def real(chosen: Sequence[str] | None) -> Pool:
     try:
         with nvml.Nvml() as session:
             found, version = session.devices, session.driver_version()
+            indices = {device.uuid: device.ordinal for device in session.all}
             obstacles = {device: session.settings(device.uuid).obstacle(device) for device in found}
     except nvml.NvmlError as error:
         raise ConfigError(
@@ -100,7 +113,9 @@ def real(chosen: Sequence[str] | None) -> Pool:
     picked = lendable
     gpus = [Gpu(device.ordinal, device.capacity, device.uuid) for device in picked]
     words = ", ".join(f"{device.name} ({format_size(device.capacity)})" for device in picked)
-    return Pool(gpus, words, driver_version=version)
+    # By which a program's own CUDA_VISIBLE_DEVICES is understood: see acb.client.visible.
+    devices = [f"{'' if device in picked else '-'}{indices[device.uuid]}={device.uuid}" for device in found]
+    return Pool(gpus, words, environment={"ACB_DEVICES": ",".join(devices)}, driver_version=version)
 
 
 def simulated(spec: SimulatedSpec, chosen: Sequence[str] | None) -> Pool:

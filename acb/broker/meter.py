@@ -1,0 +1,58 @@
+"""What each process really has on a GPU, asked of the device now and then: a client's own word is not all of it.
+
+A CUDA context takes a few hundred megabytes that no framework counts, and a client may be wrong, or lie. The device is
+only asked while memory lies about that belongs to nobody with a lease; a device that does not answer is left in peace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from acb.broker.state import Client, Gpu
+
+EVERY = 1.0
+"""Seconds between two questions: each costs about a millisecond, and sizes change slowly."""
+
+
+class Meter:
+    """Asks `processes`, which gives the bytes that each process holds on the GPU of a UUID; None: it does not say."""
+
+    def __init__(self, processes: Callable[[str], Mapping[int, int | None]]) -> None:
+        self._processes = processes
+        self._next = 0.0
+        self.problem = ""
+        """Why the device is not asked any more."""
+
+    def due(self, gpus: list[Gpu]) -> float | None:
+        """When to look next, in the seconds of time.monotonic(); None: there is nothing to look at."""
+        if self.problem or not any(_idle(client) for gpu in gpus for client in gpu.occupants.values()):
+            return None
+        return self._next
+
+    def look(self, gpus: list[Gpu], now: float) -> Iterator[tuple[int, int]]:
+        """(client's id, bytes) where the device says otherwise than the books; ask after due()."""
+        self._next = now + EVERY
+        held: dict[int, int] = {}
+        clients: dict[int, Client] = {}
+        for gpu in gpus:
+            idle = [client for client in gpu.occupants.values() if _idle(client)]
+            if not idle:
+                continue
+            try:
+                found = self._processes(gpu.visible)
+            except Exception as error:  # whatever a driver does, the broker goes on
+                self.problem = str(error) or type(error).__name__
+                return
+            for client in idle:
+                nbytes = found.get(client.pid)  # a process of another pid namespace is not found
+                if nbytes is not None:
+                    held[client.id] = max(held.get(client.id, 0), nbytes)
+                    clients[client.id] = client
+        for number, nbytes in held.items():
+            if clients[number].resident != nbytes:
+                yield number, nbytes
+
+
+def _idle(client: Client) -> bool:
+    """Whether what it has stays as it is for now."""
+    return not (client.lease or client.evacuating)

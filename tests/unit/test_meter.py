@@ -1,0 +1,67 @@
+"""What the device says each process holds corrects the broker's books."""
+
+from __future__ import annotations
+
+from acb.broker.core import Broker, Gpu
+from acb.broker.meter import EVERY, Meter
+from acb.broker.policies import POLICIES
+from acb.protocol import VERSION, Evacuate, Hello, Request, Yield
+
+CAPACITY = 1000
+
+
+def _broker(resident: int) -> Broker:
+    """Client 1, process 101, has given its lease back and says that it holds `resident` bytes."""
+    broker = Broker([Gpu(0, CAPACITY, "GPU-x")], POLICIES["fifo"]())
+    broker.handle(1, Hello(VERSION, 101, "p"), 0.0)
+    broker.handle(1, Request(), 0.0)
+    broker.handle(1, Yield(resident, resident), 1.0)
+    return broker
+
+
+def test_a_context_that_no_framework_counts_is_seen() -> None:
+    broker = _broker(300)
+    meter = Meter({"GPU-x": {101: 350, 999: 5}}.__getitem__)
+    assert meter.due(broker.gpus) == 0.0
+    assert list(meter.look(broker.gpus, 2.0)) == [(1, 350)]
+    assert meter.due(broker.gpus) == 2.0 + EVERY
+    broker.observed(1, 350, 2.0)
+    assert broker.gpus[0].in_use == 350
+    assert list(meter.look(broker.gpus, 3.0)) == []
+    broker.check()
+
+
+def test_more_than_a_client_admits_to_is_evacuated_before_another_is_let_in() -> None:
+    broker = _broker(1)
+    for client, nbytes in Meter(lambda uuid: {101: 600}).look(broker.gpus, 2.0):
+        broker.observed(client, nbytes, 2.0)
+    broker.handle(2, Hello(VERSION, 102, "q", memory_hint=800), 3.0)
+    assert broker.handle(2, Request(), 3.0) == [(1, Evacuate())]
+
+
+def test_nothing_is_asked_while_nothing_lies_about() -> None:
+    def never(uuid: str) -> dict[int, int | None]:
+        raise AssertionError("asked")
+
+    broker = _broker(0)
+    assert Meter(never).due(broker.gpus) is None
+    broker.handle(1, Request(), 2.0)
+    assert Meter(never).due(broker.gpus) is None
+    assert list(Meter(never).look(broker.gpus, 2.0)) == []
+
+
+def test_a_device_that_does_not_say_or_does_not_know_the_process_changes_nothing() -> None:
+    broker = _broker(300)
+    for answer in ({101: None}, {}, {7: 900}):
+        assert list(Meter(lambda uuid, answer=answer: answer).look(broker.gpus, 2.0)) == []
+
+
+def test_a_device_that_fails_is_not_asked_again() -> None:
+    def fails(uuid: str) -> dict[int, int | None]:
+        raise OSError("fallen off the bus")
+
+    broker = _broker(300)
+    meter = Meter(fails)
+    assert list(meter.look(broker.gpus, 2.0)) == []
+    assert meter.problem == "fallen off the bus"
+    assert meter.due(broker.gpus) is None
