@@ -12,23 +12,19 @@ moved. Its rules:
 
 from __future__ import annotations
 
-import contextlib
 import os
-import select
-import socket
-import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 from acb import config
 from acb.client import visible, wishes
-from acb.client.evacuation import EvacuationError, Evacuator, evacuate_all
+from acb.client.connection import OUTAGE, Connection
 from acb.client.gate import LONG_GAP
-from acb.client.phases import MAX_LINGER, MIN_LINGER, SwapCost, choose_linger
+from acb.client.memory import Memory
+from acb.client.phases import MAX_LINGER, MIN_LINGER, choose_linger
 from acb.client.trace import Trace
 from acb.protocol import (
-    MAX_PACKET,
     VERSION,
     Evacuate,
     Evacuated,
@@ -47,36 +43,17 @@ from acb.protocol import (
     Uncontended,
     Welcome,
     Yield,
-    decode,
-    encode,
 )
 
 if TYPE_CHECKING:
+    from acb.client.evacuation import Evacuator
     from acb.client.gate import Gate
-
-RESTART_AFTER = 0.5
-"""Seconds without a broker, after it died, before a client tries to start one."""
-
-RESTART_EVERY = 10.0
-"""Seconds between a client's tries to start one."""
-
-OUTAGE = 30.0
-"""Seconds that a program short of memory waits for the broker after one that died, before it sees its own error."""
-
-MAX_RETRY = 2.0
-"""Seconds, at most, between tries to bring memory back to a GPU on which somebody acb knows nothing of takes room."""
-
-MAX_GRANT = 1024
-"""Bytes: no packet with a grant is longer."""
 
 HEARTBEAT = 5.0
 """Seconds: as long as the agent can be deaf, should a thread that listens be interrupted at the wrong microsecond.
 
 Also how often it says what the program holds, when that has changed.
 """
-
-_receive = socket.SocketType.recv
-"""Not socket.socket's, which acb's own hooks replace to learn of what the program waits for."""
 
 STALL = 0.25
 """Seconds that a thread inside may keep others at the closed gate, at first, before it is thought to wait for them."""
@@ -109,16 +86,12 @@ class Agent:
         self._simulated = simulated
         self._lock = threading.RLock()  # of the fields below, and of whoever moves memory or gives up the lease
         self._thread: AgentThread | None = None
-        self._socket: socket.socket | None = None
-        self._poller: select.epoll | None = None  # of the agent's thread: the wake-up call, and the socket
-        self._reading = threading.Lock()  # held by the thread that reads the socket and deals with what it says
-        self._wake_fd = -1
-        self._welcomed = False
+        self._connection = Connection(self._lock, self)
+        self._memory = Memory(evacuators)
         self._requested = False
         self._wanted = False
         self._need = 0
         self._headroom = 0
-        self._evacuated = 0
         self._revoked = False
         self._swap_expected = -1.0  # what the broker expects yielding to cost, in seconds; -1: it does not know
         self._preempt_at = 0.0
@@ -131,21 +104,11 @@ class Agent:
         self._room_due = 0  # questions for more room that the broker has not answered
         self._room_changed = threading.Condition(self._lock)
         self._asking_room = threading.RLock()  # one thread at a time: an answer does not say whose it is
-        self._unrestored = False  # the lease is held, but there was no room for the memory that must come back
-        self._restore_at = 0.0  # when to try again
-        self._restore_wait = 0.0
         self._evacuation_due = False  # asked for while a thread was inside
-        self._swap = SwapCost()
         self._alone = False  # the program goes on without a broker, for good
-        self._lost_at: float | None = None  # since when no broker answers
-        self._patience = 0.02  # seconds between tries to connect
-        self._try_at = 0.0  # when to try to connect next
-        self._restart_at = 0.0
         self._said: Holds | None = None
         self._say_at = 0.0
-        self._farewell = False
         self._finishing = False
-        self._outside = False  # the thread waits for other processes, in nobody's C++ code
         self._trace = Trace(os.environ.get("ACB_TRACE"), name)
 
     # --- called by the program's threads ----------------------------------------------------------------------------
@@ -178,35 +141,18 @@ class Agent:
         hand-over the way through the agent's thread. False: that cannot be, or something else has come.
 
         Another message than a grant stays on the socket, for the agent's thread to take: the program's threads must not
-        move memory. A grant is taken off only when it has been dealt with, so that none is lost to a KeyboardInterrupt.
+        move memory.
         """
-        connection = None
-        with self._reading:
-            try:
-                with self._lock:
-                    if self._socket is None or self._poller is None or not self._requested or self._evacuated:
-                        return False
-                    connection = self._socket
-                    self._poller.unregister(connection)
-                message = decode(_receive(connection, MAX_GRANT, socket.MSG_PEEK))
-                if isinstance(message, Grant):
-                    with self._lock:
-                        self._granted(message)
-                        _receive(connection, 1)
-                    if self._trace.enabled:
-                        self._wake()  # it observes a granted lease
-                    return True
-            except (OSError, ProtocolError):
-                pass  # the agent's thread will see it, too
-            finally:
-                if connection is not None:
-                    self._hear(connection)
-        return False
+        if not self._connection.listen(lambda: self._requested and not self._memory.evacuated, self._granted):
+            return False
+        if self._trace.enabled:
+            self._connection.wake()  # the thread observes a granted lease
+        return True
 
     def idle(self) -> None:
         """A thread left its region while the gate is watched, or said that it does something else."""
         if self._closing or self._evacuation_due or self.gate.marked():
-            self._wake()
+            self._connection.wake()
 
     def need(self, nbytes: int) -> None:
         """Before a phase that needs `nbytes` in all (0: not said): what the next request is to ask for."""
@@ -216,10 +162,10 @@ class Agent:
     def reserve(self, nbytes: int) -> None:
         """Inside a region: see that there is room for `nbytes` in all. Raises LeaseRefused when it cannot be had."""
         with self._lock:
-            missing = nbytes - max(self._headroom, self._resident())
+            missing = nbytes - max(self._headroom, self._memory.resident())
             if missing <= 0:
                 return
-            missing = nbytes - self._resident()
+            missing = nbytes - self._memory.resident()
         reason = self._room_refused(missing)
         if reason:
             from acb.client.runtime import LeaseRefused
@@ -233,7 +179,7 @@ class Agent:
             # Here and now, which is quickest, unless a framework is involved: its device may only be waited for on the
             # agent's thread, which no gate stops.
             if self.lease and self._revoked and (self._evacuators or self._consider(self._ended_at) is not None):
-                self._wake()
+                self._connection.wake()
 
     def more_room(self, nbytes: int) -> bool:
         """Inside a region: ask for `nbytes` beyond what is held, and wait for the answer."""
@@ -245,19 +191,21 @@ class Agent:
             return None
         with self._asking_room, self._lock:
             while self.lease and self.gpu is not None and not self._alone and not self._finishing:
-                if self._welcomed:
+                if self._connection.welcomed:
                     self._room = None
                     self._room_due += 1
-                    self._send(MoreRoom(self._resident(), nbytes))
-                    while self._room is None and self._welcomed:
+                    self._connection.send(MoreRoom(self._memory.resident(), nbytes))
+                    while self._room is None and self._connection.welcomed:
                         self._room_changed.wait()
                     if self._room is not None:
                         granted, reason = self._room
                         if granted:
-                            self._headroom = max(self._headroom, self._resident() + nbytes)
+                            self._headroom = max(self._headroom, self._memory.resident() + nbytes)
                         return "" if granted else reason or "there is no room"
                 # The broker died. Its successor will know more.
-                left = OUTAGE if self._lost_at is None else self._lost_at + OUTAGE - time.monotonic()
+                left = (
+                    OUTAGE if self._connection.lost_at is None else self._connection.lost_at + OUTAGE - time.monotonic()
+                )
                 if left <= 0:
                     return None
                 self._room_changed.wait(left)
@@ -272,36 +220,25 @@ class Agent:
         thread = self._thread
         if thread is not None and thread.ident not in (None, threading.get_ident()):
             self._finishing = True
-            self._wake()
-            while thread.is_alive() and not self._outside:
+            self._connection.wake()
+            while thread.is_alive() and not self._connection.outside:
                 thread.join(0.05)
         with self._lock:
             if thread is not None:
                 self._trace.change("gone", "the program ends")
                 self._say_what_is_held()
-            self._welcomed = False  # nobody answers any more
+            self._connection.leave()
             self._room_changed.notify_all()
-            if self._socket is not None:
-                # Left open, for the kernel to close: until then this process still has memory on the GPU.
-                self._socket.detach()
-                self._socket = None
 
     def abandon(self) -> None:
         """In a forked child: drop the parent's connection without a word."""
         self._trace.close()
-        for descriptor in (self._socket.detach() if self._socket else -1, self._wake_fd):
-            if descriptor >= 0:
-                os.close(descriptor)
-        if self._poller is not None:
-            self._poller.close()
-        self._socket, self._poller, self._wake_fd, self._welcomed = None, None, -1, False
+        self._connection.abandon()
 
     # --- the thread -------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._poller = select.epoll()
-        self._poller.register(self._wake_fd, select.EPOLLIN)
+        self._connection.prepare()
         self._thread = AgentThread(self._run)
         try:
             self._thread.start()
@@ -313,10 +250,6 @@ class Agent:
             )
             self._alone = True
             self._let_all_in("no thread")
-
-    def _wake(self) -> None:
-        if self._wake_fd >= 0:
-            os.eventfd_write(self._wake_fd, 1)
 
     def _run(self) -> None:
         import signal
@@ -331,98 +264,54 @@ class Agent:
                 from acb.client.runtime import warn_once
 
                 warn_once("agent", f"something went wrong while talking to the broker, going on: {error!r}")
-                self._disconnected(pause=0.25)
+                self._connection.lose(pause=0.25)
 
     def _turn(self) -> None:
         """Wait for something to happen, and deal with it."""
-        if self._socket is None and not self._alone and time.monotonic() >= self._try_at:
-            self._connect()
-        poller = self._poller
-        assert poller is not None
+        connection = self._connection
+        if not connection.up and not self._alone and not connection.due_in(time.monotonic()):
+            error = connection.connect(self._hello)
+            if error is not None:
+                self._missing(error)
         while True:
             with self._lock:
                 now = time.monotonic()
                 wait = self._consider(now)
-                if self._socket is None and not self._alone:
-                    left = max(0.0, self._try_at - now)
+                if not connection.up and not self._alone:
+                    left = connection.due_in(now)
                     wait = left if wait is None else min(wait, left)
-            events = poller.poll(HEARTBEAT if wait is None else min(wait, HEARTBEAT))
-            if not events and time.monotonic() >= self._say_at:
+            happened = connection.wait(HEARTBEAT if wait is None else min(wait, HEARTBEAT))
+            if not happened and time.monotonic() >= self._say_at:
                 self._say_at = time.monotonic() + HEARTBEAT
                 self._say_what_is_held()
-            if not events and self._socket is not None and self._reading.acquire(blocking=False):
-                self._hear(self._socket)
-                self._reading.release()
-            for descriptor, _ in events:
-                if descriptor == self._wake_fd:
-                    os.eventfd_read(self._wake_fd)
-                elif not self._read():
-                    self._disconnected()
-            if self._socket is None or self._finishing:
+            if not connection.up or self._finishing:
                 return
 
     def _say_what_is_held(self) -> None:
         """Let the broker know, once in a while, and see what it learns from."""
         with self._lock:
-            holds = Holds(self._resident(), self._sum("peak")) if self.lease and not self._evacuated else None
-            if holds is not None and holds != self._said and self._welcomed:
-                self._said = holds
-                self._send(holds)
-
-    def _read(self) -> bool:
-        """Take one packet of the broker's, unless a thread of the program reads. False: the connection is closed."""
-        if self._socket is None or not self._reading.acquire(blocking=False):
-            return True
-        try:
-            packet = _receive(self._socket, MAX_PACKET, socket.MSG_DONTWAIT)
-            if packet:
-                self._take(decode(packet))
-            return bool(packet)
-        except BlockingIOError:
-            return True  # a thread of the program was faster
-        except OSError:
-            return False
-        finally:
-            self._reading.release()
-
-    def _hear(self, connection: socket.socket) -> None:
-        """From now on the agent's thread reads."""
-        if self._poller is not None:
-            try:
-                self._poller.register(connection, select.EPOLLIN)
-            except OSError:
-                pass  # it is closed, or was not deaf in the first place
-
-    def _connect(self) -> None:
-        """Try to reach the broker and say hello; start one if that is wished and none is there."""
-        connection = None
-        self._outside = True
-        try:
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            connection.connect(str(config.socket_path()))
-        except (OSError, config.ConfigError) as error:
-            if connection is not None:
-                connection.close()
-            self._missing(error)
-            return
-        finally:
-            self._outside = False
-        with self._lock:
-            self._socket, self._lost_at = connection, None
-            self._hear(connection)
-            hello = Hello(
-                VERSION,
-                os.getpid(),
-                self._name,
-                memory_hint=_hint(),
-                **self._place(),
-                holding=self.lease,
-                resident=self._resident(),
-                evacuated=self._evacuated,
-                peak=self._sum("peak") if self.gpu is not None else 0,
-                **wishes.of_this_process()._asdict(),
+            holds = (
+                Holds(self._memory.resident(), self._memory.peak())
+                if self.lease and not self._memory.evacuated
+                else None
             )
-            self._send(hello)
+            if holds is not None and holds != self._said and self._connection.welcomed:
+                self._said = holds
+                self._connection.send(holds)
+
+    def _hello(self) -> Hello:
+        return Hello(
+            VERSION,
+            os.getpid(),
+            self._name,
+            memory_hint=_hint(),
+            **self._place(),
+            holding=self.lease,
+            resident=self._memory.resident(),
+            evacuated=self._memory.evacuated,
+            peak=self._memory.peak() if self.gpu is not None else 0,
+            **wishes.of_this_process()._asdict(),
+        )
 
     def _place(self) -> dict[str, Any]:
         """Fields of the Hello: where this process is bound, or wants to be."""
@@ -437,28 +326,16 @@ class Agent:
         return {"gpu": gpu, "gpus": ",".join(map(str, gpus)) if len(gpus) > 1 else ""}
 
     def _missing(self, error: Exception) -> None:
-        """No broker answers. After a while start one, or say how; with no way at all let the program run without."""
+        """No broker answers. See that there is one, or say how; with no way at all let the program run without."""
         from acb.client.runtime import warn_once
 
-        now = time.monotonic()
-        self._patience = min(1.0, self._patience * 1.5)
-        if self._lost_at is None:
-            self._lost_at, self._restart_at = now, now  # there has never been one
         unheard_of = self.gpu is None
-        mode = os.environ.get("ACB_BROKER", "auto")
-        if mode == "auto" and now >= self._restart_at and not self._farewell and not (unheard_of and self.lease):
-            self._restart_at = now + RESTART_EVERY
-            self._outside = True
-            problem = _start_broker(os.environ.get("ACB_PYTHON") or sys.executable)
-            self._outside = False
-            if not problem:
-                self._patience = 0.0
-            elif unheard_of:
-                warn_once("no-broker", f"no GPU broker runs and none can be started; going on without one ({problem})")
-                self._let_all_in("there is no broker")
-        self._try_at = time.monotonic() + self._patience
-        self._patience = max(0.02, self._patience)
-        if now - self._lost_at > 5 and not self.lease:
+        now = time.monotonic()
+        problem = self._connection.missing(may_start=not (unheard_of and self.lease))
+        if problem and unheard_of:
+            warn_once("no-broker", f"no GPU broker runs and none can be started; going on without one ({problem})")
+            self._let_all_in("there is no broker")
+        if self._connection.lost_at is not None and now - self._connection.lost_at > 5 and not self.lease:
             warn_once(
                 "waiting-for-broker",
                 f"process {os.getpid()} waits for a GPU broker ({error}); start one with: gpu_assigner start",
@@ -468,71 +345,54 @@ class Agent:
         """Never worse than no acb: the gate opens, as if the lease were held."""
         with self._lock:
             self.lease, self._revoked = True, False
-            if self._evacuated:
+            if self._memory.evacuated:
                 self._restore()
             else:
                 self._run_on(cause)
 
-    def _disconnected(self, pause: float = 0.0) -> None:
-        """The broker is gone: keep what is held; whoever waits goes on waiting. Try another after `pause` seconds."""
-        if self._socket is not None:
-            with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that listens
-        with self._reading, self._lock:
-            if self._socket is not None:
-                self._socket.close()
-            self._patience = 0.02 if self._welcomed else min(1.0, self._patience * 1.5)
-            self._socket, self._welcomed, self._requested = None, False, False
-            self._lost_at = time.monotonic()
-            self._restart_at, self._try_at = self._lost_at + RESTART_AFTER, self._lost_at + max(pause, self._patience)
-            self._evacuation_due, self._room_due = False, 0
-            self._room_changed.notify_all()
+    # --- messages ---------------------------------------------------------------------------------------------------
+
+    def lost(self) -> None:
+        """The broker is gone: keep what is held; whoever waits goes on waiting."""
+        self._requested = self._evacuation_due = False
+        self._room_due = 0
+        self._room_changed.notify_all()
+        if self.lease and self._revoked:
+            self._revoked = False
+            self._reopen()
+
+    def heard(self, message: Message) -> None:
+        """Deal with one message of the broker's."""
+        if isinstance(message, Grant):
+            self._granted(message)
+        elif isinstance(message, Revoke):
+            self._revoke(message)
+        elif isinstance(message, Evacuate):
+            self._evacuation_due = True  # _consider() sees to it as soon as no thread is inside
+        elif isinstance(message, Uncontended):
             if self.lease and self._revoked:
                 self._revoked = False
                 self._reopen()
-
-    # --- messages ---------------------------------------------------------------------------------------------------
-
-    def _send(self, message: Message) -> None:
-        if self._socket is not None:
-            try:
-                self._socket.send(encode(message))
-            except OSError:
-                pass  # the thread will see the closed connection, and deal with it
-
-    def _take(self, message: Message) -> None:
-        """Deal with one message of the broker's."""
-        with self._lock:
-            if isinstance(message, Grant):
-                self._granted(message)
-            elif isinstance(message, Revoke):
-                self._revoke(message)
-            elif isinstance(message, Evacuate):
-                self._evacuation_due = True  # _consider() sees to it as soon as no thread is inside
-            elif isinstance(message, Uncontended):
-                if self.lease and self._revoked:
-                    self._revoked = False
-                    self._reopen()
-            elif isinstance(message, Room):
-                self._room_answered(message)
-            elif isinstance(message, Welcome):
-                self._welcome(message)
-            elif isinstance(message, Refused):
-                self._refused(message)
-            elif isinstance(message, Goodbye):
-                self._farewell = True
-            else:
-                raise ProtocolError(f"a broker may not send {message.type} messages")
+        elif isinstance(message, Room):
+            self._room_answered(message)
+        elif isinstance(message, Welcome):
+            self._welcome(message)
+        elif isinstance(message, Refused):
+            self._refused(message)
+        elif isinstance(message, Goodbye):
+            self._connection.farewell = True
+        else:
+            raise ProtocolError(f"a broker may not send {message.type} messages")
 
     def _welcome(self, message: Welcome) -> None:
-        self._welcomed, self._farewell, self._patience = True, False, 0.02
+        self._connection.welcome()
         if self.lease and not message.lease:
             # Another holds it now. Stop at the gate; what runs in a region cannot be called back.
             self.gate.close()
-            self.lease = self._closing = self._revoked = self._unrestored = False
-            state = "waiting" if self._wanted else "evacuated" if self._evacuated else "resident"
+            self.lease = self._closing = self._revoked = self._memory.unrestored = False
+            state = "waiting" if self._wanted else "evacuated" if self._memory.evacuated else "resident"
             self._trace.change(state, "the new broker has lent the GPU to another client")
-        elif self._unrestored or (self.lease and self.gate.closed and self._evacuated):
+        elif self._memory.unrestored or (self.lease and self.gate.closed and self._memory.evacuated):
             self._restore()
         elif self.lease and self.gate.closed:
             self._run_on("the new broker has confirmed the lease")
@@ -543,7 +403,7 @@ class Agent:
         from acb.client.runtime import warn_once
 
         self._requested = False
-        if not self._welcomed and os.environ.get("ACB_BROKER") != "require":
+        if not self._connection.welcomed and os.environ.get("ACB_BROKER") != "require":
             warn_once(
                 "refused", f"the GPU broker does not take this process, which goes on without it: {message.reason}"
             )
@@ -555,69 +415,51 @@ class Agent:
 
     def _request(self) -> None:
         """Ask for a lease if one is wanted and has not been asked for."""
-        if self._wanted and self._welcomed and not self.lease and not self._requested:
+        if self._wanted and self._connection.welcomed and not self.lease and not self._requested:
             self._requested = True
-            self._send(Request(self._need))
+            self._connection.send(Request(self._need))
 
     def _granted(self, grant: Grant) -> None:
         self.gpu, self._headroom = grant.gpu, grant.headroom
         self.gpus = tuple(map(int, grant.gpus.split(","))) if grant.gpus else (grant.gpu,)
         self.lease, self._requested, self._revoked = True, False, False
-        self._need, self._restore_wait, self._stall_after = 0, 0.0, STALL
+        self._memory.granted()
+        self._need, self._stall_after = 0, STALL
         self._say_at = time.monotonic() + HEARTBEAT
         if not self._simulated and grant.visible:
             visible.bind(grant.visible)  # without effect, and without harm, once CUDA has started
-        if self._evacuated:
+        if self._memory.evacuated:
             self._restore()
         else:
             self._run_on()
 
     def _run_on(self, cause: str = "granted") -> None:
         """All memory is there: let the program's threads in."""
-        self._wanted = self._closing = self._unrestored = False
-        self._sum("reset_peak")
+        self._wanted = self._closing = self._memory.unrestored = False
+        self._memory.reset_peak()
         self._trace.change("running", cause, gpu=self.gpu)
         self.gate.open(watched=self._revoked or self._trace.enabled)
 
     def _restore(self) -> None:
         """Bring all memory back, then let the program in; without room for it, ask for some and try again."""
-        from acb.client.runtime import warn_once
-
-        if not self._unrestored:
-            self._trace.change("restoring", "granted", gpu=self.gpu, bytes=self._evacuated)
-        before = self._resident()
-        start = time.monotonic()
-        moved = 0
+        memory = self._memory
+        if not memory.unrestored:
+            self._trace.change("restoring", "granted", gpu=self.gpu, bytes=memory.evacuated)
         try:
-            for evacuator in self._evacuators:
-                try:
-                    moved += int(evacuator.restore())
-                except MemoryError:
-                    raise
-                except Exception as error:  # what it lost the program will see when it touches it; it must not hang
-                    warn_once(f"restore:{evacuator.name}", f"memory of {evacuator.name} cannot be restored: {error!r}")
+            moved = memory.restore()
         except MemoryError:
-            self._evacuated = max(1, self._evacuated - max(0, self._resident() - before))
-            self._no_room()
+            if self._connection.welcomed:  # have the broker make room
+                self._room_due += 1
+                self._connection.send(MoreRoom(memory.resident(), memory.evacuated))
             return
-        seconds = time.monotonic() - start
-        self._evacuated = 0
-        self._swap.moved(seconds)
         self._run_on()
-        self._send(Restored(self._resident(), moved, seconds))
-
-    def _no_room(self) -> None:
-        """Some memory must still come back: have the broker make room, and try again, at ever longer intervals."""
-        self._unrestored = True
-        self._restore_at = time.monotonic() + self._restore_wait
-        self._restore_wait = min(MAX_RETRY, 2 * self._restore_wait + 0.05)
-        if self._welcomed:
-            self._room_due += 1
-            self._send(MoreRoom(self._resident(), self._evacuated))
+        self._connection.send(Restored(memory.resident(), moved.nbytes, moved.seconds))
 
     def _room_answered(self, message: Room) -> None:
         self._room_due = max(0, self._room_due - 1)
-        if not self._unrestored and not self._room_due:  # else the answer is to a question that nobody waits with
+        if (
+            not self._memory.unrestored and not self._room_due
+        ):  # else the answer is to a question that nobody waits with
             self._room = (message.granted, message.reason)
             self._room_changed.notify_all()
 
@@ -633,29 +475,15 @@ class Agent:
     def _evacuate(self) -> None:
         """Move all memory to the host. No lease is held, and no thread is inside."""
         self._evacuation_due = False
-        before = self._resident()
-        self._trace.change("evacuating", "another client needs the room", bytes=before)
-        start = time.monotonic()
-        reason = ""
-        moved = 0
-        try:
-            for evacuator in self._evacuators:
-                evacuator.synchronize()
-            moved = evacuate_all(self._evacuators)
-        except EvacuationError as error:
-            moved, reason = error.moved, str(error) or "refused"
-        except Exception as error:
-            reason = f"failed: {error!r}"
-        seconds = time.monotonic() - start
-        self._evacuated += moved
-        if not reason:
-            self._swap.moved(seconds)
-        left = self._resident()
+        memory = self._memory
+        self._trace.change("evacuating", "another client needs the room", bytes=memory.resident())
+        moved = memory.evacuate()
+        left = memory.resident()
         self._trace.change(
-            "waiting" if self._wanted else "evacuated" if moved or not left else "resident",
-            reason or "evacuated", bytes=moved, left=left, seconds=round(seconds, 6),
+            "waiting" if self._wanted else "evacuated" if moved.nbytes or not left else "resident",
+            moved.reason or "evacuated", bytes=moved.nbytes, left=left, seconds=round(moved.seconds, 6),
         )  # fmt: skip
-        self._send(Evacuated(left, moved, seconds, reason[:1000]))
+        self._connection.send(Evacuated(left, moved.nbytes, moved.seconds, moved.reason[:1000]))
 
     # --- giving the lease back --------------------------------------------------------------------------------------
 
@@ -665,7 +493,7 @@ class Agent:
             if self._evacuation_due and not self.gate.busy():  # else idle() wakes us
                 self._evacuate()
             return None
-        if self._unrestored:
+        if self._memory.unrestored:
             return self._consider_restoring(now)
         if not self._revoked:
             return self._observe(now) if self._trace.enabled else None
@@ -713,40 +541,36 @@ class Agent:
 
     def _give_up(self, cause: str, wants: bool) -> None:
         """Hand the lease back. The gate is closed and no thread is inside."""
-        for evacuator in self._evacuators:
-            try:
-                evacuator.synchronize()
-            except Exception:
-                pass  # a device that fails is done with its work; the program will see the error itself
-        resident = self._resident()
+        self._memory.synchronize()
+        resident = self._memory.resident()
         phase = self.gate.last_exit - self.gate.phase_began
-        self.lease = self._revoked = self._closing = self._unrestored = False
-        self._swap.yielded()
+        self.lease = self._revoked = self._closing = self._memory.unrestored = False
+        self._memory.swap.yielded()
         self._requested = wants
         self._trace.change("waiting" if wants else "resident" if resident else "detached", cause, bytes=resident)
-        self._send(Yield(resident, self._sum("peak"), wants, cause, phase if phase > 0 else -1.0))
+        self._connection.send(Yield(resident, self._memory.peak(), wants, cause, phase if phase > 0 else -1.0))
 
     def _consider_restoring(self, now: float) -> float | None:
         """The lease is held, but memory must come back first and there was no room for it."""
         if self._room_due:
             return None  # the broker makes room
-        if now >= self._restore_at:
+        if now >= self._memory.restore_at:
             self._restore()
             return 0.0
         if self._revoked:
             self._give_up("no room to restore", wants=True)
             return None
-        return self._restore_at - now
+        return self._memory.restore_at - now
 
     def _reopen(self) -> None:
         """The lease stays for now."""
-        if self._unrestored:
+        if self._memory.unrestored:
             return
         self._closing = self._wanted = False
         self.gate.open(watched=self._revoked or self._trace.enabled)
 
     def _linger(self) -> float:
-        swap = self._swap_expected if self._swap_expected >= 0 else self._swap.estimate(self._resident())
+        swap = self._swap_expected if self._swap_expected >= 0 else self._memory.swap.estimate(self._memory.resident())
         linger = choose_linger(self.gate.gaps, swap)
         self.gate.long_gap = max(LONG_GAP, linger)
         return linger
@@ -760,21 +584,6 @@ class Agent:
             self._trace.change("running", "GPU entry", at=self.gate.last_entry)
         return TRACE_LINGER
 
-    def _resident(self) -> int:
-        return self._sum("resident")
-
-    def _sum(self, what: str) -> int:
-        """Bytes, over all frameworks; one that cannot say counts nothing."""
-        total = 0
-        for evacuator in self._evacuators:
-            try:
-                total += int(getattr(evacuator, what)() or 0)  # a framework's own kind of integer cannot be sent
-            except Exception as error:
-                from acb.client.runtime import warn_once
-
-                warn_once(f"{what}:{evacuator.name}", f"memory of {evacuator.name} cannot be measured: {error!r}")
-        return total
-
 
 def _hint() -> int:
     """What ``acb-launch --gpu-memory`` said, in bytes; 0: nothing."""
@@ -782,26 +591,3 @@ def _hint() -> int:
         return config.parse_size(os.environ.get("ACB_GPU_MEMORY") or "0")
     except config.ConfigError:
         return 0
-
-
-def _start_broker(python: str) -> str:
-    """Run ``gpu_assigner start``, with the options of the broker that died, if one did.
-
-    Returns why it failed, or ''.
-    """
-    import subprocess
-
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "LD_PRELOAD"))}
-    home = os.environ.get("ACB_HOME") or os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    environment |= {"ACB_DISABLE": "1", "PYTHONPATH": home}
-    environment.pop(visible.VARIABLE, None)  # it may be one GPU of this process's, and the broker has more
-    if (setting := visible.brokers()) is not None:
-        environment[visible.VARIABLE] = setting
-    command = [python, "-m", "acb.cli.gpu_assigner", "start", "--recover"]
-    try:
-        done = subprocess.run(
-            command, env=environment, cwd="/", stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        return str(error)
-    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]

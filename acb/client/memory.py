@@ -1,0 +1,118 @@
+"""The program's GPU memory as the agent sees it: all frameworks' together; moved to the host and back."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+from acb.client.evacuation import EvacuationError, Evacuator, evacuate_all
+from acb.client.phases import SwapCost
+
+MAX_RETRY = 2.0
+"""Seconds, at most, between tries to bring memory back to a GPU on which somebody acb knows nothing of takes room."""
+
+
+class Moved(NamedTuple):
+    """What a move came to: bytes and seconds, and why it is not all, or ''."""
+
+    nbytes: int
+    seconds: float
+    reason: str = ""
+
+
+class Memory:
+    """What the frameworks hold. Methods that move are called with the agent's lock held, and no thread is inside."""
+
+    def __init__(self, evacuators: list[Evacuator]) -> None:
+        self.evacuated = 0
+        """Bytes in host memory."""
+        self.swap = SwapCost()
+        self.unrestored = False
+        """The lease is held, but there was no room for the memory that must come back."""
+        self.restore_at = 0.0
+        """When to try again."""
+        self._restore_wait = 0.0
+        self._evacuators = evacuators
+
+    def granted(self) -> None:
+        """A new lease: patience begins anew."""
+        self._restore_wait = 0.0
+
+    def resident(self) -> int:
+        """Bytes on the GPU."""
+        return self._sum("resident")
+
+    def peak(self) -> int:
+        """The most bytes that there have been since reset_peak()."""
+        return self._sum("peak")
+
+    def reset_peak(self) -> None:
+        """Forget the peak."""
+        self._sum("reset_peak")
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        for evacuator in self._evacuators:
+            try:
+                evacuator.synchronize()
+            except Exception:
+                pass  # a device that fails is done with its work; the program will see the error itself
+
+    def evacuate(self) -> Moved:
+        """Move all memory to the host, or none: `reason` says why."""
+        start = time.monotonic()
+        reason = ""
+        moved = 0
+        try:
+            for evacuator in self._evacuators:
+                evacuator.synchronize()
+            moved = evacuate_all(self._evacuators)
+        except EvacuationError as error:
+            moved, reason = error.moved, str(error) or "refused"
+        except Exception as error:
+            reason = f"failed: {error!r}"
+        seconds = time.monotonic() - start
+        self.evacuated += moved
+        if not reason:
+            self.swap.moved(seconds)
+        return Moved(moved, seconds, reason)
+
+    def restore(self) -> Moved:
+        """Bring all memory back. Raises MemoryError when there is no room for all of it: restore_at says when to try
+        again, at ever longer intervals.
+        """
+        from acb.client.runtime import warn_once
+
+        before = self.resident()
+        start = time.monotonic()
+        moved = 0
+        try:
+            for evacuator in self._evacuators:
+                try:
+                    moved += int(evacuator.restore())
+                except MemoryError:
+                    raise
+                except Exception as error:  # what it lost the program will see when it touches it; it must not hang
+                    warn_once(f"restore:{evacuator.name}", f"memory of {evacuator.name} cannot be restored: {error!r}")
+        except MemoryError:
+            self.evacuated = max(1, self.evacuated - max(0, self.resident() - before))
+            self.unrestored = True
+            self.restore_at = time.monotonic() + self._restore_wait
+            self._restore_wait = min(MAX_RETRY, 2 * self._restore_wait + 0.05)
+            raise
+        seconds = time.monotonic() - start
+        self.evacuated, self.unrestored = 0, False
+        self.swap.moved(seconds)
+        return Moved(moved, seconds)
+
+    def _sum(self, what: str) -> int:
+        """Bytes, over all frameworks; one that cannot say counts nothing."""
+        total = 0
+        for evacuator in self._evacuators:
+            try:
+                total += int(getattr(evacuator, what)() or 0)  # a framework's own kind of integer cannot be sent
+            except Exception as error:
+                from acb.client.runtime import warn_once
+
+                warn_once(f"{what}:{evacuator.name}", f"memory of {evacuator.name} cannot be measured: {error!r}")
+        return total
