@@ -60,8 +60,8 @@ def _show(report: dict[str, Any]) -> None:
         clients.add_row(
             str(client["pid"]),
             client["name"],
-            client["state"],
-            "-" if client["gpu"] is None else str(client["gpu"]),
+            "suspended" if client["suspended"] and client["state"] == "evacuated" else client["state"],
+            ",".join(map(str, client["gpus"])) or "-",
             *(format_size(client[key]) if client[key] else "-" for key in ("resident", "evacuated", "peak")),
             "-" if since is None else _duration(since),
         )
