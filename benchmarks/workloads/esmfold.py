@@ -20,6 +20,7 @@ class Size:
     width: int = 1280  # of the language model; 64 a head
     blocks: int = 1
     recycles: int = 1
+    pair_heads: int = 2  # of the trunk's triangle attention; 16 channels each
 
 
 class ProfileEmbedding(nn.Embedding):  # type: ignore[misc]
@@ -71,7 +72,7 @@ def _configuration(size: Size) -> EsmConfig:
     trunk: dict[str, Any] = {
         "num_blocks": size.blocks,
         "sequence_state_dim": 128,
-        "pairwise_state_dim": 32,
+        "pairwise_state_dim": 16 * size.pair_heads,
         "sequence_head_width": 32,
         "pairwise_head_width": 16,
         "max_recycles": size.recycles,

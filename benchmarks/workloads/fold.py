@@ -48,6 +48,8 @@ def parser() -> Parser:
     model.add_argument("--width", type=count(64), default=size.width, help="its channels, a multiple of 64")
     model.add_argument("--blocks", type=count(), default=size.blocks, help="blocks of the folding trunk")
     model.add_argument("--recycles", type=count(), default=size.recycles, help="passes through the trunk")
+    model.add_argument("--pair-heads", type=count(), default=size.pair_heads, metavar="HEADS",
+                       help="heads of its triangle attention, of about 8 bytes x residues³ each")  # fmt: skip
     return lines
 
 
@@ -69,7 +71,7 @@ def fold(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
 
     with watch.step("build model", "cpu"):
-        size = esmfold.Size(options.layers, options.width, options.blocks, options.recycles)
+        size = esmfold.Size(options.layers, options.width, options.blocks, options.recycles, options.pair_heads)
         model = esmfold.build(size, options.seed)
         weights = sum(parameter.nbytes for parameter in model.parameters())
     with watch.step("model to device", "gpu"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -113,3 +114,29 @@ def test_throughput_refuses_what_it_cannot_run_in_one_line() -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
         assert done.returncode == 2
         assert done.stderr.strip().splitlines()[-1].startswith("python -m benchmarks.throughput: error: argument")
+
+
+def test_the_gpu_benchmark_says_what_is_missing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=100, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert done.returncode == 0, done.stderr
+    [file] = tmp_path.glob("gpu-*.json")
+    parts = json.loads(file.read_text())["parts"]
+    assert set(parts) == {"torch", "jax", "experiment"}
+    assert {part["status"] for part in parts.values()} == {"skipped"}
+    assert all(part["reason"] for part in parts.values())
+
+
+def test_the_gpu_benchmark_on_a_simulated_gpu_finds_nothing_wrong(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--simulate", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run([*command, "--only", "torch,jax"], cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "simulated" in done.stdout
+    [file] = tmp_path.glob("gpu-*.json")
+    figures = json.loads(file.read_text())
+    assert figures["simulated"] is True
+    for part in figures["parts"].values():
+        assert part["status"] == "done", part
+        assert {row["kind"] for row in part["rows"]} == {"measured", "passed"}

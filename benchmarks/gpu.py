@@ -1,0 +1,195 @@
+"""Does acb keep its promises on a real GPU? Its memory moved and back, its bandwidth, and folding jobs at once.
+
+    python -m benchmarks.gpu [--out DIR] [--only PART,…] [--quick] [--simulate]
+
+Every part (benchmarks.gpu_parts) runs in a process of its own, with a time limit, so that the failure of one stops no
+other; all of them together take eight minutes at most. What is missing, be it a package, a GPU or a feature of the
+driver, is skipped by name. The table comes last; DIR/gpu-DATE.json has every figure, and every skip with its reason.
+
+--simulate plays the same on a simulated GPU: a test of this benchmark, whose figures say nothing of any GPU.
+
+Status 1 when something was found to be wrong; a missed target alone is none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import report
+from benchmarks.gpu_parts import PARTS
+
+TIME = 480.0
+"""Seconds for everything."""
+
+SIMULATED = 768 << 20
+"""Bytes of the simulated GPU."""
+
+PACKAGES = (
+    "acb-gpu", "torch", "jax", "jaxlib", "cupy-cuda13x", "cupy-cuda12x", "transformers", "pyhmmer", "openmm",
+    "opencv-python-headless", "scikit-video", "numpy", "nvidia-ml-py",
+)  # fmt: skip
+
+
+class Card(NamedTuple):
+    """The GPU, in words and in bytes; `obstacle`: why there is none to use."""
+
+    facts: dict[str, Any]
+    capacity: int
+    obstacle: str = ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the parts, print the table."""
+    options = _parser().parse_args(arguments)
+    begun = time.time()
+    card = Card({"name": "simulated"}, SIMULATED) if options.simulate else find()
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = []
+    for name in options.only:
+        left = begun + options.limit - time.time()
+        result = _run(name, card, options, left)
+        results.append(result)
+        _say(f"{name}: {result['status']} {result['reason']}".rstrip())
+    now = datetime.now(timezone.utc)
+    file = options.out / f"gpu-{now:%Y%m%d-%H%M%S}.json"
+    figures = {
+        "date": f"{now:%Y-%m-%dT%H:%M:%SZ}",
+        "simulated": options.simulate,
+        "quick": options.quick,
+        "gpu": card.facts,
+        "versions": versions(),
+        "seconds": round(time.time() - begun, 1),
+        "parts": {result["name"]: result for result in results},
+    }
+    words = "a simulated GPU" if options.simulate else card.facts.get("name", "no GPU")
+    report.publish(f"acb on {words}", [row for r in results for row in _rows(r, card)], figures, file)
+    print(f"figures: {file}")
+    bad = any(r["status"] == "failed" or any(row["kind"] == "failed" for row in r["rows"]) for r in results)
+    return 1 if bad else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("gpu-results"),
+                        help="where the JSON file goes (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--only", metavar="PART,…", type=_parts, default=list(PARTS),
+                        help=f"some parts: {', '.join(PARTS)}")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
+    parser.add_argument("--simulate", action="store_true", help="on a simulated GPU, to test the benchmark itself")
+    parser.add_argument("--limit", metavar="SECONDS", type=float, default=TIME,
+                        help="for all parts together (default: %(default)g)")  # fmt: skip
+    return parser
+
+
+def _parts(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in PARTS]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    return names
+
+
+def find() -> Card:
+    """The first GPU that this job may use, as NVML describes it."""
+    from acb.devices.nvml import Nvml, NvmlError
+
+    try:
+        with Nvml() as nvml:
+            if not nvml.devices:
+                return Card({}, 0, "no NVIDIA GPU: this job may use none")
+            device = nvml.devices[0]
+            settings = nvml.settings(device.ordinal)
+            facts = {
+                **device._asdict(), "free": nvml.free(device.ordinal), "driver": nvml.driver_version(),
+                "cuda": nvml.cuda_version(), "gpus": len(nvml.devices), **settings._asdict(),
+            }  # fmt: skip
+            obstacle = settings.obstacle(device)
+            return Card(facts, device.capacity, f"no NVIDIA GPU to lend: {obstacle}" if obstacle else "")
+    except NvmlError as error:
+        words = str(error)
+        return Card({}, 0, words if words.startswith("no NVIDIA GPU") else f"no NVIDIA GPU can be found: {words}")
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that matter, as far as they are installed."""
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _run(name: str, card: Card, options: argparse.Namespace, left: float) -> dict[str, Any]:
+    """One part: what its file says, or why there is none. It has {name, status, reason, rows, figures, seconds}."""
+    entry = PARTS[name]
+    empty = {"name": name, "rows": [], "figures": {}, "seconds": 0.0}
+    reason = card.obstacle or entry.obstacle(simulate=options.simulate)
+    if not reason and left < entry.least:
+        reason = f"only {max(0.0, left):.0f} s of {options.limit:.0f} s are left"
+    if reason:
+        return {**empty, "status": "skipped", "reason": reason}
+    limit = min(entry.limit, left)
+    begun = time.time()
+    settings = {"simulate": options.simulate, "quick": options.quick, "capacity": card.capacity,
+                "deadline": begun + limit - 3}  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="acb-gpu-") as directory:
+        file, log = Path(directory, "part.json"), options.out / f"{name}.log"
+        command = [sys.executable, "-m", "benchmarks.gpu_parts", name, json.dumps(settings), str(file)]
+        environment = {**os.environ, "TMPDIR": directory}
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                command, cwd=report.ROOT, env=environment, stdout=stream, stderr=stream, start_new_session=True
+            )
+        late = False
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            late = True
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
+            process.wait()
+        result = json.loads(file.read_text()) if file.exists() else {**empty, "status": "running", "reason": ""}
+    if result["status"] == "running":
+        why = f"not done within {limit:.0f} s" if late else f"ended with status {process.returncode}"
+        result |= {"status": "failed", "reason": f"{why}; see {log}"}
+    return {**result, "seconds": round(time.time() - begun, 1)}
+
+
+def _rows(result: dict[str, Any], card: Card) -> list[report.Row]:
+    """A part's lines of the table; "simulated" is said in each."""
+    title = PARTS[result["name"]].title
+    mark = "simulated" if card.facts.get("name") == "simulated" else ""
+    found = []
+    for row in result["rows"]:
+        remark = f"skipped: {row['remark']}" if row["kind"] == "skipped" else row["remark"]
+        remark = "; ".join(filter(None, (mark, remark)))
+        met = None if mark and row["kind"] == "measured" else row["met"]
+        figure = "" if row["kind"] == "skipped" else row["figure"]
+        found.append(report.Row(f"{result['name']}: {row['question']}", figure, row["target"], met, remark))
+    if result["status"] != "done":
+        words = f"{result['status']}: {result['reason']}"
+        met = False if result["status"] == "failed" else None
+        found.append(report.Row(f"{result['name']}: {title}", "", None, met, words))
+    return found
+
+
+def _say(what: str) -> None:
+    print(f"gpu: {what}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

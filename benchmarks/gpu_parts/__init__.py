@@ -1,0 +1,36 @@
+"""The parts of benchmarks.gpu: one module a part, each run in a process of its own (see __main__)."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import NamedTuple
+
+
+class Entry(NamedTuple):
+    """A part: `module` has ``run(part)``. `needs` are packages. `limit` and `least` are seconds: when it is ended, and
+    with how little time left it is not begun. `simulated`: why it cannot run on a simulated GPU; "": it can.
+    """
+
+    module: str
+    title: str
+    needs: tuple[str, ...]
+    limit: float
+    least: float
+    simulated: str = ""
+
+    def obstacle(self, *, simulate: bool) -> str:
+        """Why it cannot run here, whatever the GPU; '': it can."""
+        missing = [name for name in self.needs if importlib.util.find_spec(name) is None]
+        if missing:
+            return f"not installed: {', '.join(missing)}"
+        return self.simulated if simulate else ""
+
+
+FOLD = ("torch", "transformers", "pyhmmer", "openmm")
+
+# In the order in which they run: what matters most comes first, in case the time runs out.
+PARTS = {
+    "torch": Entry("framework", "framework tier, PyTorch: content, memory, bandwidth", ("torch",), 60, 20),
+    "jax": Entry("framework", "framework tier, JAX: content, memory, bandwidth", ("jax",), 50, 20),
+    "experiment": Entry("experiment", "folding jobs: one after the other, at once, with acb", FOLD, 170, 60),
+}  # fmt: skip

@@ -1,0 +1,121 @@
+"""Folding jobs for a GPU of any size: how they are made so large that four of them do not fit at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.gpu_parts.part import GB, Settings
+from benchmarks.gpu_parts.stage import WORKLOADS, Program, Stage
+from benchmarks.workloads.fasta import bundled_proteins, read_fasta
+
+FILL = 1.2
+"""Of the GPU's memory, what four jobs want together."""
+
+HEADS = 8
+"""Of the triangle attention, on a real GPU: 128 channels, as in ESMFold itself."""
+
+BESIDES = 1.5 * GB
+"""Bytes of a job beside that attention: weights, other activations, the CUDA context."""
+
+LONGEST = 1022
+SIMULATED = ("--layers", "4", "--width", "1024", "--relax-steps", "200", "--relax-rounds", "1", "--search-rounds", "1")
+"""On a simulated GPU the weights are what does not fit: about 220 MB a job."""
+
+REAL = ("--layers", "8", "--blocks", "8", "--recycles", "3", "--pair-heads", str(HEADS), "--search-rounds", "1",
+        "--relax-steps", "500", "--relax-rounds", "1")  # fmt: skip
+
+
+class Size(NamedTuple):
+    """What a job folds, and with which options; `why` in words."""
+
+    fasta: Path
+    options: tuple[str, ...]
+    why: str
+
+
+def sized(settings: Settings, directory: Path) -> Size:
+    """A protein so long that the attention, which grows with the cube of its length, fills a third of the GPU.
+
+    Long proteins are what fills a GPU in life, too. Two real proteins of pyhmmer's are taken, the nearest in length;
+    the length is bounded by what the language model is made for.
+    """
+    if settings.simulate:
+        fasta = directory / "short.fasta"
+        fasta.write_text("".join(f">{p.name}\n{p.residues}\n" for p in _near(60, 1)))
+        return Size(fasta, SIMULATED, "weights of 200 MiB; a simulated GPU of 768 MiB holds three")
+    wanted = max(0.5 * GB, FILL * settings.capacity / 4 - BESIDES)
+    residues = min(LONGEST, round((wanted / (8 * HEADS)) ** (1 / 3)))
+    heads = round(wanted / 8 / residues**3)
+    options = (*REAL, "--pair-heads", str(max(HEADS, heads)))
+    chosen = _near(residues, 1 if settings.quick else 2)
+    fasta = directory / "long.fasta"
+    fasta.write_text("".join(f">{p.name}\n{p.residues}\n" for p in chosen))
+    lengths = " and ".join(str(len(p)) for p in chosen)
+    return Size(fasta, options, f"{lengths} residues, {max(HEADS, heads)} heads of triangle attention")
+
+
+def _near(residues: int, count: int) -> list[Any]:
+    found = [protein for path in bundled_proteins() for protein in read_fasta(path) if len(protein) <= LONGEST]
+    return sorted(found, key=lambda protein: (abs(len(protein) - residues), protein.name))[:count]
+
+
+class Job(NamedTuple):
+    """A job that has been started, and where it writes."""
+
+    program: Program
+    out: Path
+
+    def summary(self) -> dict[str, Any]:
+        """What it has written about itself; {} when it did not come so far."""
+        file = self.out / "summary.json"
+        return json.loads(file.read_text()) if file.exists() else {}  # type: ignore[no-any-return]
+
+    def results(self) -> dict[str, bytes]:
+        """Its files, but for times."""
+        return contents(self.out)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Of every file that holds results."""
+    files = sorted(directory.glob("*")) if directory.exists() else []
+    return {f.name: f.read_bytes() for f in files if f.name != "summary.json" and f.is_file()}
+
+
+def begin(stage: Stage, size: Size, name: str, *, acb: bool) -> Job:
+    """Start one."""
+    out = stage.directory / f"out-{name}-{'acb' if acb else 'bare'}"
+    shutil.rmtree(out, ignore_errors=True)
+    arguments = [str(size.fasta), "--out", str(out), "--device", "cuda", *size.options]
+    return Job(stage.program(name, WORKLOADS / "fold.py", arguments, acb=acb), out)
+
+
+class Watch:
+    """The most memory, in bytes, that was taken of the GPU while it was watched."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._before = stage.free()
+        self._least = self._before
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    @property
+    def peak(self) -> int:
+        """Bytes more than before."""
+        return self._before - self._least
+
+    def _look(self) -> None:
+        while not self._end.wait(0.02):
+            self._least = min(self._least, self._stage.free())
