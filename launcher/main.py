@@ -16,8 +16,8 @@ input and output are its own. A broker is started when none runs.
 
 ACB_DISABLE=1 in the environment runs COMMAND as if acb-launch were not there.
 
-Exit statuses of acb-launch itself: 2 wrong usage, 69 no broker or no GPU, 73 a directory or file that cannot be used,
-126 COMMAND cannot be executed, 127 COMMAND is not found.
+Exit statuses of acb-launch itself: 2 wrong usage, 65 more than the broker's GPUs can ever give, 69 no broker or no GPU,
+73 a directory or file that cannot be used, 126 COMMAND cannot be executed, 127 COMMAND is not found.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def main(arguments: Sequence[str] | None = None, *, ignored_signals: int = 0) ->
 
 def _launch(arguments: list[str], ignored_signals: int) -> int:
     flags = _leading_flags(arguments)
-    if flags & {"--help", "--version"}:
-        print(__doc__.rstrip() if "--help" in flags else f"acb-launch {__version__}")  # noqa: T201
+    if flags & {"-h", "--help", "--version"}:
+        print(__doc__.rstrip() if flags & {"-h", "--help"} else f"acb-launch {__version__}")  # noqa: T201
         return 0
     environ = initial_environment()
     options = parse(arguments, environ)

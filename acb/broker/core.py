@@ -30,6 +30,7 @@ from acb.broker.policies import Policy
 from acb.broker.room import STEADY, Room
 from acb.broker.schedule import Scheduler
 from acb.broker.state import Client, Gpu, Send, Unit
+from acb.config import format_size
 from acb.protocol import (
     VERSION,
     Evacuated,
@@ -333,7 +334,9 @@ class Broker:
         unit = client.unit
         if client.refusal:
             return client.refusal
-        what = f"gang {unit.gang!r}, to which process {client.pid} belongs," if unit.gang else f"process {client.pid}"
+        what = f"process {client.pid}"
+        if unit.gang:
+            what += f", one of {unit.size} that run together,"
         if unit.size > len(self.gpus):
             return f"{what} asks for {unit.size} GPUs at once, but the broker has {len(self.gpus)}"
         floor = self._room.floor(client)
@@ -342,8 +345,9 @@ class Broker:
         if floor <= largest:
             return ""
         if unit.size > 1 and not client.gpus:
-            return f"{what} asks for {floor} bytes on each of {unit.size} GPUs, but the broker has not so many so large"
-        return f"{what} asks for {floor} bytes of GPU memory, but the largest GPU has {largest}"
+            size = format_size(floor)
+            return f"{what} asks for {size} on each of {unit.size} GPUs, but the broker has not so many so large"
+        return f"{what} asks for {format_size(floor)} of GPU memory, but the largest GPU has {format_size(largest)}"
 
     def _wait(self, client: Client, now: float) -> None:
         client.waiting, client.asked_at = True, now

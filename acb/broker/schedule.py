@@ -17,6 +17,7 @@ from acb.broker.policies import Policy
 from acb.broker.policies.base import MAX_QUANTUM, swap_seconds
 from acb.broker.room import Room
 from acb.broker.state import Client, Gpu, Resume, Unit
+from acb.config import format_size
 from acb.protocol import Grant, Message, Revoke, Uncontended
 from acb.protocol import Room as RoomAnswer
 
@@ -219,7 +220,7 @@ class Scheduler:
         """Grant, refuse or further the request of a running client for more room."""
         wanted, capacity = client.room_wanted, min(gpu.capacity for gpu in client.gpus)
         if wanted > capacity:
-            reason = f"{wanted} bytes are more than the GPU's {capacity}"
+            reason = f"{format_size(wanted)} are more than the GPU's {format_size(capacity)}"
             self._send(client.id, RoomAnswer(False, reason))
         elif self._room.make_all([(gpu, client, wanted) for gpu in client.gpus], now):
             client.headroom = max(client.headroom, wanted)

@@ -423,6 +423,7 @@ class Server:
             "uptime_s": round(now - self._started, 3),
             "scheduler": self._core.policy.name,
             "devices": self._description,
+            "options": self._journal.options,
             "gpus": [self._gpu_report(gpu) for gpu in self._core.gpus],
             "totals": self._metrics.report(),
         }
@@ -444,7 +445,7 @@ class Server:
             "capacity": gpu.capacity,
             "slots": gpu.slots,
             "load": round(gpu.load, 2),
-            "resident": sum(c.resident for c in clients if not c.lease),
+            "resident": sum(c.resident for c in clients),
             "headroom": sum(c.headroom for c in clients if c.lease),
             "holders": [self._core.clients[i].pid for i in sorted(gpu.holders)],
         }

@@ -373,3 +373,14 @@ def test_a_limit_on_file_sizes_is_like_a_full_disk(site: Site) -> None:
     assert result.returncode == 73
     one_line(result.stderr)
     assert os.listdir(site.directory) == []
+
+
+def test_other_options_than_the_running_brokers_are_refused_by_name(site: Site) -> None:
+    site.start("1x64MiB", "--scheduler", "fair")
+    for options in ([], ["--simulate-gpus", "1x64MiB"], ["--scheduler", "fair"]):
+        assert site.gpu_assigner("start", *options).returncode == 0
+    for options in (["--simulate-gpus", "1x32MiB"], ["--scheduler", "fifo"], ["--quantum", "2"], ["--slots", "2"]):
+        refused = site.gpu_assigner("start", *options)
+        assert refused.returncode == 69
+        assert " ".join(options)[:9] in refused.stderr
+        assert "gpu_assigner stop" in refused.stderr

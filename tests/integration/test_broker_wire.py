@@ -168,8 +168,8 @@ def test_sizes_larger_than_the_gpu_are_refused_with_both(site: Site) -> None:
         peer.send(Request(65 * MIB))
         answer = peer.receive()
         assert isinstance(answer, Refused)
-        assert str(65 * MIB) in answer.reason
-        assert str(64 * MIB) in answer.reason
+        assert "65MiB" in answer.reason
+        assert "64MiB" in answer.reason
         peer.send(Request())  # without such a need it goes on
         assert isinstance(peer.receive(), Grant)
 

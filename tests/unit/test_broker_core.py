@@ -389,7 +389,7 @@ def test_more_room_evicts_the_others_and_is_refused_when_it_cannot_be_had() -> N
     [(_, room)] = broker.handle(2, MoreRoom(400, 700), 0.3)
     assert isinstance(room, Room)
     assert not room.granted
-    assert "1100" in room.reason
+    assert "1.1KiB" in room.reason
 
 
 def test_a_client_that_cannot_be_moved_may_overtake_the_one_it_keeps_out() -> None:

@@ -160,7 +160,7 @@ def test_a_gang_too_large_for_enough_gpus_is_refused() -> None:
     broker.handle(1, several(2, 800), 0.0)
     [(_, refused)] = broker.handle(1, Request(), 0.0)
     assert isinstance(refused, Refused)
-    assert "800 bytes on each of 2" in refused.reason
+    assert "800B on each of 2" in refused.reason
 
 
 def test_options_that_contradict_each_other_are_refused() -> None:

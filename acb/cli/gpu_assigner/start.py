@@ -28,6 +28,7 @@ from acb.cli.gpu_assigner import talk
 from acb.config import (
     EX_CANTCREAT,
     EX_TEMPFAIL,
+    EX_UNAVAILABLE,
     ConfigError,
     env_path,
     parse_simulated,
@@ -55,13 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="lend simulated GPUs, such as 1x2GiB or 2x16GiB+1x8GiB; options: ,bandwidth=20GiB (a second) ,speed=0.5",
     )  # fmt: skip
     parser.add_argument(
-        "--scheduler", choices=sorted(POLICIES), default="fifo", metavar="NAME",
+        "--scheduler", choices=sorted(POLICIES), metavar="NAME",
         help="who is next: fifo (simple), fair (gpu-sharing), priority, backfill, affinity (gpu-affinity); "
-        "default: %(default)s",
+        "default: fifo",
     )  # fmt: skip
     parser.add_argument(
-        "--slots", metavar="N", type=argument(_slots), default=1,
-        help="let so many programs compute on one GPU at once, if their memory fits (default: %(default)s)",
+        "--slots", metavar="N", type=argument(_slots),
+        help="let so many programs compute on one GPU at once, if their memory fits (default: 1)",
     )  # fmt: skip
     parser.add_argument(
         "--quantum",
@@ -70,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="protect a busy program for so long when others wait (default: 33 times what swapping costs, 1 to 120 s)",
     )
     parser.add_argument(
-        "--driver-tier", choices=("auto", "on", "off"), default="auto",
+        "--driver-tier", choices=("auto", "on", "off"),
         help="have the CUDA driver move what frameworks cannot: where it can (auto; simulated GPUs: on), or not",
     )  # fmt: skip
     parser.add_argument("--foreground", action="store_true", help="stay in the foreground and log to stderr")
@@ -83,13 +84,33 @@ def run(options: argparse.Namespace) -> int:
     path = socket_path()
     running = talk.status(path)
     if running is not None:
-        print(f"gpu_assigner: already running (process {running['pid']}) with {running['devices']}", file=sys.stderr)
+        words = (
+            f"already running (process {running['pid']}) with {running['devices']}, scheduler {running['scheduler']}"
+        )
+        others = [] if options.recover else _contradictions(options, running.get("options", {}))
+        if others:
+            raise ConfigError(
+                f"{words}, and not with {' '.join(others)}; end it first with: gpu_assigner stop", EX_UNAVAILABLE
+            )
+        print(f"gpu_assigner: {words}", file=sys.stderr)
         return 0
     if options.recover:
         _take_over(options)
+    options.scheduler = options.scheduler or "fifo"
+    options.slots = options.slots or 1
+    options.driver_tier = options.driver_tier or "auto"
     if options.foreground:
         return _serve(path, options)
     return _spawn(path, options)
+
+
+def _contradictions(options: argparse.Namespace, running: dict[str, Any]) -> list[str]:
+    """The options given that the running broker was not started with."""
+    return [
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in _options(options).items()
+        if value is not None and value != running.get(name)
+    ]
 
 
 def _slots(text: str) -> int:
@@ -121,12 +142,12 @@ def _take_over(options: argparse.Namespace) -> None:
             if getattr(options, name) is None and isinstance(text, str):
                 with contextlib.suppress(ConfigError):  # the journal of another version
                     setattr(options, name, parse(text))
-        if journal.options.get("scheduler") in POLICIES:
+        if options.scheduler is None and journal.options.get("scheduler") in POLICIES:
             options.scheduler = journal.options["scheduler"]
-        if journal.options.get("driver_tier") in ("auto", "on", "off"):
+        if options.driver_tier is None and journal.options.get("driver_tier") in ("auto", "on", "off"):
             options.driver_tier = journal.options["driver_tier"]
         with contextlib.suppress(ConfigError):
-            options.slots = _slots(str(journal.options.get("slots", options.slots)))
+            options.slots = options.slots or _slots(str(journal.options.get("slots")))
 
 
 def _pool(options: argparse.Namespace) -> pools.Pool:
@@ -141,7 +162,7 @@ def _options(options: argparse.Namespace) -> dict[str, Any]:
         "gpu_list": ",".join(options.gpu_list) if options.gpu_list else None,
         "simulate_gpus": str(options.simulate_gpus) if options.simulate_gpus else None,
         "scheduler": options.scheduler,
-        "slots": str(options.slots),
+        "slots": None if options.slots is None else str(options.slots),
         "driver_tier": options.driver_tier,
         "quantum": None if options.quantum is None else str(options.quantum),
     }

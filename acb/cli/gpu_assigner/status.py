@@ -54,7 +54,11 @@ def _show(report: dict[str, Any]) -> None:
         return
     clients = Table(box=box.SIMPLE_HEAD)
     for column in ("process", "program", "state", "GPU", "resident", "evacuated", "peak", "since"):
-        clients.add_column(column, justify="left" if column in ("program", "state") else "right", overflow="fold")
+        left = column in ("program", "state")
+        width = {"program": None, "state": 10, "resident": 8, "evacuated": 9, "peak": 8}.get(column, len(column))
+        clients.add_column(
+            column, justify="left" if left else "right", no_wrap=True, overflow="ellipsis", min_width=width
+        )
     for client in report["clients"]:
         since = client["waiting_s"] if client["waiting_s"] is not None else client["leased_s"]
         clients.add_row(
