@@ -149,6 +149,9 @@ def _trace_file(name: str) -> str:
 def _prepare(options: Options, environ: dict[str, str], file: str) -> dict[str, str]:
     """See that there is a broker, if one is wanted, and return the environment for the command."""
     variables: dict[str, str] = {}
+    if options.simulate is not None:
+        sizes = config.parse_simulated(options.simulate).capacities
+        _check_pool(f"{len(sizes)}x{max(sizes)}", options, f"--simulate-gpus {options.simulate}")
     if options.broker == "off":
         if options.simulate is not None:
             variables["ACB_SIMULATED"] = str(_simulated_cards(options.simulate))
@@ -163,7 +166,7 @@ def _prepare(options: Options, environ: dict[str, str], file: str) -> dict[str, 
                     f"leave the option out, or end that broker first with: gpu_assigner stop",
                     config.EX_UNAVAILABLE,
                 )
-        _check_pool(variables.get("ACB_POOL", ""), options)
+        _check_pool(variables.get("ACB_POOL", ""), options, "the running broker")
         variables["ACB_SOCKET"] = str(socket)
     variables |= options.variables | {"ACB_BROKER": options.broker}
     flag = command.python_flag_against(file, options.command)
@@ -178,20 +181,20 @@ def _prepare(options: Options, environ: dict[str, str], file: str) -> dict[str, 
     return instrumented(environ, variables, sys.executable)
 
 
-def _check_pool(pool: str, options: Options) -> None:
-    """Raise ConfigError when the broker's GPUs can never be what the options ask for."""
+def _check_pool(pool: str, options: Options, whose: str) -> None:
+    """Raise ConfigError when the GPUs, COUNTxLARGEST of `whose`, can never be what the options ask for."""
     count, _, largest = pool.partition("x")
     if not (count.isdigit() and largest.isdigit()):
         return  # a broker of another release, which will say so itself
     wanted = int(options.variables.get("ACB_GPUS", "1"))
     if wanted > int(count):
         raise config.ConfigError(
-            f"--gpus {wanted}: the running broker has {count}; ask for less, or start one with more", config.EX_DATAERR
+            f"--gpus {wanted}: {whose} has {count}; ask for less, or start a broker with more", config.EX_DATAERR
         )
     size = int(options.variables.get("ACB_GPU_MEMORY", "0"))
     if size > int(largest):
         raise config.ConfigError(
-            f"--gpu-memory {config.format_size(size)}: the largest GPU of the running broker has "
+            f"--gpu-memory {config.format_size(size)}: the largest GPU of {whose} has "
             f"{config.format_size(int(largest))}",
             config.EX_DATAERR,
         )

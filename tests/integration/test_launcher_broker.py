@@ -42,3 +42,12 @@ def test_simulated_gpus_without_a_broker(acb: Installation) -> None:
         result = acb.launch("/usr/bin/printenv", "ACB_SIMULATED", options=["--broker=off", "--simulate-gpus=2x1GiB"])
         assert result == (0, f"{acb.runtime}/simulated-2x1GiB\n", "")
     assert sorted(file.name for file in (acb.runtime / "simulated-2x1GiB").glob("*.card")) == ["gpu0.card", "gpu1.card"]
+
+
+def test_more_than_the_gpus_can_ever_give_is_refused_before_anything_is_started(acb: Installation) -> None:
+    for broker in ("off", "auto"):
+        for too_much in ("--gpus=3", "--gpu-memory=2GiB"):
+            result = acb.launch("true", options=[f"--broker={broker}", "--simulate-gpus=2x1GiB", too_much])
+            assert (result.status, result.stderr.count("\n")) == (65, 1)
+            assert too_much.partition("=")[0] in result.stderr
+    assert not (acb.runtime / "broker.sock").exists()
