@@ -44,7 +44,8 @@ class Hello(Message):
     `count` GPUs at once are asked for. A process that is one of `gang_size` which only run together, each on a GPU of
     its own, names its `gang`, and its `rank` in it from 0. `gpu` is the ordinal of the GPU that the client is bound to,
     -1: none yet; of a client of several, the first, and `gpus` has all, as in Grant. Sizes are bytes on one GPU; of a
-    client of several GPUs, on the fullest.
+    client of several GPUs, on the fullest. What is learned is kept by `program`, else by the name: two programs of one
+    file name need not be alike.
     """
 
     type: ClassVar[str] = "hello"
@@ -64,6 +65,7 @@ class Hello(Message):
     gang: str = ""
     gang_size: int = 0
     rank: int = 0
+    program: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,9 @@ STATUS_SIZE = MAX_PACKET * 3 // 4
 NAME_LENGTH = 64
 """Characters of a program's name."""
 
+PROGRAM_LENGTH = 500
+"""Characters, the last ones, of the path by which a program is remembered."""
+
 REASON_LENGTH = 200
 """Characters, in the status, of why a client could not be evacuated."""
 
@@ -343,7 +346,8 @@ class Server:
             if isinstance(message, Hello):
                 self._finish_former(connection)
                 # What the kernel says counts, also where the peer lives in another pid namespace.
-                message = replace(message, pid=connection.pid, name=_printable(message.name[:NAME_LENGTH]))
+                name, program = _printable(message.name[:NAME_LENGTH]), message.program[-PROGRAM_LENGTH:]
+                message = replace(message, pid=connection.pid, name=name, program=program)
             else:
                 message = self._corrected(connection, message)
             self._deliver(self._core.handle(connection.id, message, time.monotonic()))

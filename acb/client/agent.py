@@ -13,6 +13,7 @@ moved. Its rules:
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -310,6 +311,7 @@ class Agent:
             resident=self._memory.resident(),
             evacuated=self._memory.evacuated,
             peak=self._memory.peak() if self.gpu is not None else 0,
+            program=_program(),
             **wishes.of_this_process()._asdict(),
         )
 
@@ -583,6 +585,14 @@ class Agent:
         elif not idle and self._trace.state == "idle":
             self._trace.change("running", "GPU entry", at=self.gate.last_entry)
         return TRACE_LINGER
+
+
+def _program() -> str:
+    """By what the broker is to remember this program: what the user calls it, else its file; '': its name will do."""
+    file = sys.argv[0] if getattr(sys, "argv", None) else ""
+    if os.environ.get("ACB_NAME") or not os.path.isfile(file):
+        return ""
+    return os.path.abspath(file).encode("utf-8", "replace").decode()
 
 
 def _hint() -> int:

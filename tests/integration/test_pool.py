@@ -185,3 +185,15 @@ def test_what_a_program_needs_is_remembered_by_its_name(site: Site, tmp_path: Pa
     assert site.client(unknown)["headroom"] == 64 * MIB
     for program in (known, unknown):
         program.kill()
+
+
+def test_two_programs_of_one_file_name_are_not_taken_for_each_other(site: Site, tmp_path: Path) -> None:
+    site.start("1x64MiB", ACB_STATE_DIR=str(tmp_path))
+    program = site.program()
+    program.do("take_turns", 1, 20 * MIB)
+    assert program.finish() == 0
+    wait_until("its end to be seen", lambda: not (site.report() or {})["clients"])
+    assert site.gpu_assigner("stop").returncode == 0
+    [key] = json.loads((tmp_path / "programs.json").read_text())
+    assert Path(key).is_absolute()
+    assert Path(key).name == "leaser.py"
