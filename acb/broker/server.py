@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-import json
 import os
 import select
 import signal
@@ -15,11 +14,11 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from acb import processes
-from acb._version import __version__
-from acb.broker.core import Broker, Client, Gpu, Send
+from acb.broker import report
+from acb.broker.core import Broker, Gpu, Send
 from acb.broker.drivertier import DriverTier
 from acb.broker.history import History
 from acb.broker.journal import Journal
@@ -29,7 +28,6 @@ from acb.broker.policies import POLICIES
 from acb.broker.state import Resume, Suspend
 from acb.protocol import (
     MAX_PACKET,
-    VERSION,
     AskStatus,
     AskStop,
     Evacuated,
@@ -41,7 +39,6 @@ from acb.protocol import (
     ProtocolError,
     Refused,
     Restored,
-    Status,
     Yield,
     decode,
     encode,
@@ -50,17 +47,11 @@ from acb.protocol import (
 RECOVERY = 5.0
 """Seconds that a new broker waits for the clients of one that died, before it lends their GPU to others."""
 
-STATUS_SIZE = MAX_PACKET * 3 // 4
-"""Bytes of clients in a status packet; the rest of the report fits beside them."""
-
 NAME_LENGTH = 64
 """Characters of a program's name."""
 
 PROGRAM_LENGTH = 500
 """Characters, the last ones, of the path by which a program is remembered."""
-
-REASON_LENGTH = 200
-"""Characters, in the status, of why a client could not be evacuated."""
 
 LAST_WORDS = 16
 """Packets that the broker still takes from each client when it ends."""
@@ -338,7 +329,15 @@ class Server:
 
     def _take(self, connection: Connection, message: Message) -> None:
         if isinstance(message, AskStatus):
-            connection.send(self._status(message.after))
+            head = {
+                "pid": os.getpid(),
+                "socket": str(self._path),
+                "uptime_s": round(time.monotonic() - self._started, 3),
+                "devices": self._description,
+                "options": self._journal.options,
+                "totals": self._metrics.report(),
+            }
+            connection.send(report.status(self._core, head, message.after, time.monotonic()))
         elif isinstance(message, AskStop):
             connection.send(Goodbye(os.getpid()))
             self._stopping = True
@@ -346,7 +345,7 @@ class Server:
             if isinstance(message, Hello):
                 self._finish_former(connection)
                 # What the kernel says counts, also where the peer lives in another pid namespace.
-                name, program = _printable(message.name[:NAME_LENGTH]), message.program[-PROGRAM_LENGTH:]
+                name, program = report.printable(message.name[:NAME_LENGTH]), message.program[-PROGRAM_LENGTH:]
                 message = replace(message, pid=connection.pid, name=name, program=program)
             else:
                 message = self._corrected(connection, message)
@@ -416,44 +415,6 @@ class Server:
                     pids = [self._core.clients[number].pid for number in sorted(gpu.holders)]
                     self._referees[gpu.ordinal].set_holders(pids)
 
-    def _status(self, after: int) -> Status:
-        """The report, when it is the first packet, and the clients with ids above `after` that fit."""
-        now = time.monotonic()
-        report = {
-            "pid": os.getpid(),
-            "version": __version__,
-            "protocol": VERSION,
-            "socket": str(self._path),
-            "uptime_s": round(now - self._started, 3),
-            "scheduler": self._core.policy.name,
-            "devices": self._description,
-            "options": self._journal.options,
-            "gpus": [self._gpu_report(gpu) for gpu in self._core.gpus],
-            "totals": self._metrics.report(),
-        }
-        clients: list[dict[str, Any]] = []
-        size = 0
-        for number in sorted(number for number in self._core.clients if number > after):
-            client = _client_report(self._core.clients[number], now)
-            size += len(json.dumps(client))
-            if size > STATUS_SIZE:
-                return Status({} if after else report, clients, more=True)
-            clients.append(client)
-        return Status({} if after else report, clients)
-
-    def _gpu_report(self, gpu: Gpu) -> dict[str, Any]:
-        clients = [self._core.clients[i] for i in gpu.bound]
-        return {
-            "ordinal": gpu.ordinal,
-            "visible": gpu.visible,
-            "capacity": gpu.capacity,
-            "slots": gpu.slots,
-            "load": round(gpu.load, 2),
-            "resident": sum(c.resident for c in clients),
-            "headroom": sum(c.headroom for c in clients if c.lease),
-            "holders": [self._core.clients[i].pid for i in sorted(gpu.holders)],
-        }
-
 
 class Connection:
     """One peer: a client, or somebody at the command line."""
@@ -476,11 +437,6 @@ class Connection:
         return True
 
 
-def _printable(text: str) -> str:
-    """The text with a question mark for what must not come to a terminal."""
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
 def _is_readable(listener: socket.socket) -> bool:
     poller = select.poll()
     poller.register(listener, select.POLLIN)
@@ -492,29 +448,6 @@ def _peer(accepted: socket.socket) -> tuple[int, int]:
     credentials = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid, uid, _ = struct.unpack("3i", credentials)
     return pid, uid
-
-
-def _client_report(client: Client, now: float) -> dict[str, Any]:
-    return {
-        "id": client.id,
-        "pid": client.pid,
-        "name": client.name,
-        "state": client.state,
-        "gpu": client.gpu,
-        "gpus": [gpu.ordinal for gpu in client.gpus],
-        "gang": client.unit.gang or None,
-        "priority": client.unit.priority,
-        "weight": client.unit.weight,
-        "resident": client.resident,
-        "evacuated": client.evacuated,
-        "peak": client.peak,
-        "headroom": client.headroom,
-        "waiting_s": round(now - client.asked_at, 3) if client.waiting else None,
-        "leased_s": round(now - client.granted_at, 3) if client.lease else None,
-        "revoked": client.revoked,
-        "suspended": client.suspended,
-        "unmovable": _printable(client.unmovable[:REASON_LENGTH]) or None,
-    }
 
 
 _log_lines = itertools.count(1)

@@ -194,19 +194,19 @@ def test_more_than_the_gpu_has_is_refused_with_the_sizes(site: Site) -> None:
     program = site.program()
     kind, message = program.fails("enter", "65MiB")
     assert kind == "LeaseRefused"
-    assert str(65 * MIB) in message
-    assert str(64 * MIB) in message
+    assert "65MiB" in message
+    assert "64MiB" in message
     program.do("enter", "64MiB")
     program.do("leave")
     kind, message = program.fails("enter", 65 * MIB)  # now with the lease held
     assert kind == "LeaseRefused"
-    assert str(65 * MIB) in message
+    assert "65MiB" in message
     program.do("enter")
     program.do("leave")
     hinted = site.program(ACB_GPU_MEMORY="65MiB")
     kind, message = hinted.fails("enter")
     assert kind == "LeaseRefused"
-    assert str(65 * MIB) in message
+    assert "65MiB" in message
     quiet_end(program, hinted)
 
 

@@ -1,0 +1,80 @@
+"""What the broker sees, for ``gpu_assigner status``: one dictionary of the whole, one for each GPU and client."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from acb._version import __version__
+from acb.broker.core import Broker, Client, Gpu
+from acb.protocol import MAX_PACKET, VERSION, Status
+
+STATUS_SIZE = MAX_PACKET * 3 // 4
+"""Bytes of clients in a status packet; the rest of the report fits beside them."""
+
+REASON_LENGTH = 200
+"""Characters of why a client could not be evacuated."""
+
+
+def status(core: Broker, head: dict[str, Any], after: int, now: float) -> Status:
+    """`head` and the core's view, when it is the first packet, and the clients with ids above `after` that fit."""
+    whole: dict[str, Any] = {}
+    if not after:
+        whole = {
+            "version": __version__,
+            "protocol": VERSION,
+            "scheduler": core.policy.name,
+            "gpus": [_gpu(gpu, core) for gpu in core.gpus],
+            **head,
+        }
+    clients: list[dict[str, Any]] = []
+    size = 0
+    for number in sorted(number for number in core.clients if number > after):
+        client = _client(core.clients[number], now)
+        size += len(json.dumps(client))
+        if size > STATUS_SIZE:
+            return Status(whole, clients, more=True)
+        clients.append(client)
+    return Status(whole, clients)
+
+
+def printable(text: str) -> str:
+    """The text with a question mark for what must not come to a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _gpu(gpu: Gpu, core: Broker) -> dict[str, Any]:
+    clients = [core.clients[i] for i in gpu.bound]
+    return {
+        "ordinal": gpu.ordinal,
+        "visible": gpu.visible,
+        "capacity": gpu.capacity,
+        "slots": gpu.slots,
+        "load": round(gpu.load, 2),
+        "resident": sum(c.resident for c in clients),
+        "headroom": sum(c.headroom for c in clients if c.lease),
+        "holders": [core.clients[i].pid for i in sorted(gpu.holders)],
+    }
+
+
+def _client(client: Client, now: float) -> dict[str, Any]:
+    return {
+        "id": client.id,
+        "pid": client.pid,
+        "name": client.name,
+        "state": client.state,
+        "gpu": client.gpu,
+        "gpus": [gpu.ordinal for gpu in client.gpus],
+        "gang": client.unit.gang or None,
+        "priority": client.unit.priority,
+        "weight": client.unit.weight,
+        "resident": client.resident,
+        "evacuated": client.evacuated,
+        "peak": client.peak,
+        "headroom": client.headroom,
+        "waiting_s": round(now - client.asked_at, 3) if client.waiting else None,
+        "leased_s": round(now - client.granted_at, 3) if client.lease else None,
+        "revoked": client.revoked,
+        "suspended": client.suspended,
+        "unmovable": printable(client.unmovable[:REASON_LENGTH]) or None,
+    }
