@@ -56,7 +56,7 @@ for _ in range(10):
     with acb.gpu():
         with card.operation("step"):
             assert memory.held == size
-print(name, "done, violations:", len(card.violations()))
+sys.stdout.write(f"{name} done, violations: {len(card.violations())}\\n")  # at once: two may share the file
 """
 
 SCRIPT = """#!/bin/sh
