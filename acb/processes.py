@@ -7,14 +7,29 @@ from __future__ import annotations
 
 import os
 import select
+from typing import NamedTuple
 
 _EXITING = 0x4  # PF_EXITING of the kernel's include/linux/sched.h: set before the process's files are closed
 
 
-def _stat(pid: int) -> list[bytes]:
-    """The fields of /proc/PID/stat (proc(5)) from the third one on; [] when there is no such process."""
+class Activity(NamedTuple):
+    """What a process is at: `running` when a thread of it runs, or would if there were a CPU for it.
+
+    `stopped`: by a signal or a debugger. `seconds` of CPU time it has used in its life, to a hundredth.
+    """
+
+    stopped: bool
+    running: bool
+    seconds: float
+
+
+def _stat(which: int | str) -> list[bytes]:
+    """The fields of /proc/PID/stat (proc(5)) from the third one on; [] when there is no such process.
+
+    Of a thread when `which` is PID/task/TID.
+    """
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
+        with open(f"/proc/{which}/stat", "rb") as file:
             return file.read().rpartition(b")")[2].split()  # the name before may hold anything
     except OSError:
         return []
@@ -44,3 +59,17 @@ def ending(pid: int) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def activity(pid: int) -> Activity | None:
+    """What the process is at, all its threads taken together; None: there is no such process, or it ends."""
+    fields = _stat(pid)
+    if not fields or fields[0] in (b"Z", b"X"):
+        return None
+    try:
+        threads = [_stat(f"{pid}/task/{thread}") for thread in os.listdir(f"/proc/{pid}/task")]
+    except OSError:
+        return None
+    states = {thread[0] for thread in threads if thread}
+    ticks = int(fields[11]) + int(fields[12])
+    return Activity(bool(states & {b"T", b"t"}), b"R" in states, ticks / os.sysconf("SC_CLK_TCK"))

@@ -135,6 +135,13 @@ class MoreRoom(Message):
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Pong(Message):
+    """Answer to Ping: the agent's thread can run."""
+
+    type: ClassVar[str] = "pong"
+
+
 # --- from the command line ----------------------------------------------------------------------------------------
 
 
@@ -209,6 +216,13 @@ class Uncontended(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Ping(Message):
+    """Are you there? Asked of a client whose memory the driver has moved, and that does not ask for its lease."""
+
+    type: ClassVar[str] = "ping"
+
+
+@dataclass(frozen=True, slots=True)
 class Room(Message):
     """Answer to MoreRoom."""
 
@@ -247,8 +261,8 @@ _MessageT = TypeVar("_MessageT", bound=Message)
 _TYPES: dict[str, type[Message]] = {
     cls.type: cls
     for cls in (
-        Hello, Request, Yield, Evacuated, Restored, Holds, MoreRoom, AskStatus, AskStop,
-        Welcome, Grant, Revoke, Evacuate, Uncontended, Room, Refused, Status, Goodbye,
+        Hello, Request, Yield, Evacuated, Restored, Holds, MoreRoom, Pong, AskStatus, AskStop,
+        Welcome, Grant, Revoke, Evacuate, Uncontended, Ping, Room, Refused, Status, Goodbye,
     )
 }  # fmt: skip
 _INT_MAX = 1 << 62

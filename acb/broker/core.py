@@ -21,7 +21,7 @@ What holds after every event is in `invariants`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from acb.broker import invariants
@@ -166,6 +166,7 @@ class Broker:
             elif lost:
                 client.refusal = f"the driver cannot bring back the memory of process {client.pid}: {problem}"
                 client.resuming = client.lease = False
+                del self._room.suspended[client.id]
                 for gpu in client.gpus:
                     gpu.holders.discard(client.id)
                 self._room.settle(client)
@@ -173,6 +174,19 @@ class Broker:
                 self._close_unit(client.unit, now)
             else:
                 self.scheduler.resume_later(client, now)
+        return self._finish(now)
+
+    @property
+    def suspended_clients(self) -> Mapping[int, Client]:
+        """Those whose memory the driver has moved, and can bring back, by id."""
+        return self._room.suspended
+
+    def blocked(self, client_id: int, now: float) -> list[Send]:
+        """A suspended client is blocked in the driver, and cannot ask: it waits for its lease as if it had."""
+        client = self.clients.get(client_id)
+        if client is not None and client.suspended and not self._impossible(client):
+            self._log.append((now, client_id, "blocked in the driver"))
+            self._request(client, Request(), now)
         return self._finish(now)
 
     def found_suspended(self, client_id: int, nbytes: int, now: float) -> list[Send]:
@@ -187,6 +201,7 @@ class Broker:
     def _park(self, client: Client, nbytes: int) -> None:
         """The driver has so much of it on the host."""
         client.suspended, client.emptied = True, False
+        self._room.suspended[client.id] = client
         client.parked = min(nbytes, min(gpu.capacity for gpu in client.gpus) - client.evacuated)
         client.evacuated += client.parked
         client.resident = 0
@@ -301,6 +316,7 @@ class Broker:
         client.resident = 0
         self._room.settle(client)
         self._room.cannot_move(client, "")
+        self._room.suspended.pop(client.id, None)
         for gpu in gpus:
             gpu.holders.discard(client.id)
             gpu.bound.discard(client.id)

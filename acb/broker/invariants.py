@@ -30,7 +30,7 @@ def check(broker: Broker) -> None:
         for gpu in broker.gpus:
             _gpu(gpu, broker)
         for client in broker.clients.values():
-            _client(client)
+            _client(client, broker)
             if client.waiting and not broker.recovering:
                 assert _progress(client, broker), f"client {client.id} waits for nothing"
     except AssertionError as error:
@@ -60,11 +60,12 @@ def _gpu(gpu: Gpu, broker: Broker) -> None:
         assert all(unit.preempt_at is None or unit.backfilled or unit.size > 1 for unit in gpu.units), "revoked in vain"
 
 
-def _client(client: Client) -> None:
+def _client(client: Client, broker: Broker) -> None:
     assert not (client.lease and client.evacuating), "a holder is evacuated"
     assert not (client.lease and client.waiting), "waits for what it holds"
     assert not client.suspended or not client.resident, "memory that the driver has moved is counted on the GPU"
     assert not (client.suspended and client.lease) or client.resuming, "a suspended client runs"
+    assert (client.id in broker.suspended_clients) == (client.suspended and not client.refusal), "lost in the driver"
     assert not client.room_wanted or client.lease, "wants room without a lease"
     assert not client.waiting or client.unit.queued or client.unit.active, "waits in no line"
     assert not (client.unit.queued and client.unit.active), "waits in line and runs"

@@ -27,6 +27,8 @@ class Room:
         """Whether the driver can move what the frameworks cannot."""
         self.unmovable: dict[int, Client] = {}
         """Clients that could not be evacuated."""
+        self.suspended: dict[int, Client] = {}
+        """Clients whose memory the driver has moved, and can bring back."""
 
     # --- books ------------------------------------------------------------------------------------------------------
 

@@ -294,6 +294,7 @@ class Scheduler:
     def resumed(self, client: Client, now: float) -> None:
         """The driver has brought the memory of a client that has the lease back: now it may go on."""
         client.resuming = client.suspended = False
+        del self._room.suspended[client.id]
         client.started_at = now
         self._tell_granted(client)
         if client.unit.preempt_at is not None:

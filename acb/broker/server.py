@@ -22,6 +22,7 @@ from acb.broker.core import Broker, Gpu, Send
 from acb.broker.drivertier import DriverTier
 from acb.broker.history import History
 from acb.broker.journal import Journal
+from acb.broker.liveness import Liveness
 from acb.broker.meter import Meter
 from acb.broker.metrics import Metrics
 from acb.broker.policies import POLICIES
@@ -36,6 +37,8 @@ from acb.protocol import (
     Holds,
     Message,
     MoreRoom,
+    Ping,
+    Pong,
     ProtocolError,
     Refused,
     Restored,
@@ -92,6 +95,7 @@ class Server:
         self._journal = journal
         self._driver = driver
         self._meter = meter
+        self._liveness = Liveness()
         self._referees = {gpu.ordinal: referee for gpu, referee in zip(gpus, referees, strict=False)}
         self._metrics = Metrics()
         self._description = description
@@ -145,6 +149,7 @@ class Server:
                     self._check_driver(self._driver)
                 if self._meter is not None:
                     self._check_meter(self._meter)
+                self._check_liveness()
                 if self._core.wake_at is not None and self._core.wake_at <= time.monotonic():
                     self._deliver(self._core.tick(time.monotonic()))
         finally:
@@ -191,7 +196,8 @@ class Server:
         wake_at = self._core.wake_at
         due = self._driver.due() if self._driver is not None else None
         look_at = self._meter.due(self._core.gpus) if self._meter is not None else None
-        wakes = [moment for moment in (wake_at, due, look_at) if moment is not None]
+        ask_at = self._liveness.due(self._core.suspended_clients)
+        wakes = [moment for moment in (wake_at, due, look_at, ask_at) if moment is not None]
         left = max(0.0, min(wakes) - time.monotonic()) if wakes else None
         if self._recover_until is not None:
             return 0.05 if left is None else min(0.05, left)
@@ -222,6 +228,20 @@ class Server:
             self._deliver(self._core.observed(client, nbytes, now))
         if meter.problem:
             _log(f"the GPU does not say what processes hold, so what they say counts: {meter.problem}")
+
+    def _check_liveness(self) -> None:
+        """See that a suspended client that cannot ask for its lease gets it all the same."""
+        now = time.monotonic()
+        due = self._liveness.due(self._core.suspended_clients)
+        if due is None or now < due:
+            return
+        found = self._liveness.look(self._core.suspended_clients, now)
+        self._deliver([Send(client, Ping()) for client in found.ping])
+        for number in found.blocked:
+            client = self._core.clients.get(number)
+            if client is not None:
+                _log(f"process {client.pid} is blocked in the driver, which counts as asking for its lease")
+                self._deliver(self._core.blocked(number, now))
 
     def _check_recovery(self) -> None:
         """The clients of a broker that died: stop waiting for those that are dead too, and for all after a while."""
@@ -341,6 +361,8 @@ class Server:
         elif isinstance(message, AskStop):
             connection.send(Goodbye(os.getpid()))
             self._stopping = True
+        elif isinstance(message, Pong):
+            self._liveness.answered(connection.id)
         else:
             if isinstance(message, Hello):
                 self._finish_former(connection)

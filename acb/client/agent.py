@@ -35,6 +35,8 @@ from acb.protocol import (
     Holds,
     Message,
     MoreRoom,
+    Ping,
+    Pong,
     ProtocolError,
     Refused,
     Request,
@@ -377,6 +379,8 @@ class Agent:
                 self._reopen()
         elif isinstance(message, Room):
             self._room_answered(message)
+        elif isinstance(message, Ping):
+            self._connection.send(Pong())
         elif isinstance(message, Welcome):
             self._welcome(message)
         elif isinstance(message, Refused):

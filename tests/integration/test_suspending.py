@@ -102,6 +102,32 @@ def test_a_helper_that_is_killed_is_replaced(site: Site) -> None:
         assert program.finish() == 0, program.errors
 
 
+def test_a_suspended_program_that_is_blocked_and_cannot_ask_gets_its_lease(site: Site) -> None:
+    site.start("1x64MiB", "--driver-tier", "on")
+    held, other = immovable(site), site.program()
+    other.do("enter")
+    other.do("leave")
+    wait_until("it to be suspended", lambda: suspended(site, held))
+    fifo = site.log / "driver"
+    os.mkfifo(fifo)
+    descriptor = os.open(fifo, os.O_RDWR)
+    try:
+        held.begin("read_in_c", str(fifo))
+        held.holds_at("in C")
+        wait_until("its memory to be brought back", lambda: not suspended(site, held))
+        assert "blocked in the driver" in site.broker_log()
+        os.write(descriptor, b"x")  # now the driver lets it go
+    finally:
+        os.close(descriptor)
+    assert held.end("read_in_c") == 1
+    held.do("enter")
+    held.do("operate")
+    held.do("leave")
+    assert site.violations() == []
+    for program in (held, other):
+        assert program.finish() == 0, program.errors
+
+
 def test_without_it_such_a_program_keeps_others_out_of_what_it_holds(site: Site) -> None:
     site.start("1x64MiB", "--driver-tier", "off")
     held, other = immovable(site), site.program()

@@ -191,6 +191,17 @@ class Histories(RuleBasedStateMachine):
             self.now += 0.001
             self.deliver(self.broker.resumed(client, problem, self.now, lost=problem == "lost"))
 
+    @rule(data=st.data(), asks=st.booleans())
+    def blocked(self, data: st.DataObject, asks: bool) -> None:
+        """A program is stopped in the driver, and cannot ask; or it seemed so, and does."""
+        if found := self.pick(data, lambda p: p.parked and not (p.lease or p.refused)):
+            client, program = found
+            program.waiting = True
+            self.now += 0.001
+            self.deliver(self.broker.blocked(client, self.now))
+            if asks and not program.lease:
+                self.tell(client, Request())
+
     @rule(data=st.data(), nbytes=st.integers(1, CAPACITY))
     def more_room(self, data: st.DataObject, nbytes: int) -> None:
         if found := self.pick(data, lambda p: p.lease and p.room_asked == p.room_answers and not p.restoring):

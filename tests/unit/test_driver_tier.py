@@ -103,6 +103,28 @@ def test_contexts_make_way_only_for_who_must_have_the_room() -> None:
     broker.check()
 
 
+def test_who_is_blocked_in_the_driver_waits_as_if_it_had_asked(broker: Broker) -> None:
+    broker.suspended(1, "", 0.5, 1.6)
+    [(revoked, revoke)] = broker.blocked(1, 2.0)
+    assert (revoked, type(revoke)) == (2, Revoke)
+    assert broker.clients[1].state == "waiting"
+    assert broker.handle(1, Request(), 2.5) == []  # it could ask after all: nothing is doubled
+    assert broker.blocked(1, 2.6) == []
+    assert broker.handle(2, Yield(0, 100), 3.0) == [(1, Resume())]
+    assert broker.blocked(1, 3.1) == []
+    assert broker.resumed(1, "", 3.5) == [(1, Grant(0, "GPU-x", CAPACITY))]
+    assert broker.blocked(1, 3.6) == []
+    broker.check()
+
+
+def test_who_is_not_suspended_does_not_block_in_the_driver(broker: Broker) -> None:
+    assert broker.blocked(1, 1.5) == []  # it is being suspended
+    broker.suspended(1, "did not come to rest", 0.0, 1.6)
+    assert broker.blocked(1, 2.0) == []
+    assert broker.clients[1].state == "resident"
+    broker.check()
+
+
 def test_without_the_driver_nothing_is_suspended() -> None:
     broker = Broker([Gpu(0, CAPACITY, "GPU-x")], POLICIES["fifo"]())
     for client in (1, 2):

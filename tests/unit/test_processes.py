@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 
-from acb.processes import ending, start_time
+from acb.processes import Activity, activity, ending, start_time
 
 
 def test_a_running_process_is_not_ending() -> None:
@@ -56,3 +56,38 @@ def test_a_process_whose_last_threads_are_not_through_yet_is_ending() -> None:
         assert select.select([descriptor], [], [], 20)[0] == [descriptor]
         os.close(descriptor)
         assert ending(process.pid) is None
+
+
+def test_what_a_process_is_at() -> None:
+    mine = activity(os.getpid())
+    assert mine is not None
+    assert mine.running
+    assert not mine.stopped
+    assert activity(1 << 30) is None
+    code = "import sys; print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        until(process.pid, stopped=False, running=False)  # it reads
+        process.send_signal(signal.SIGSTOP)
+        until(process.pid, stopped=True, running=False)
+        process.kill()
+
+
+def test_a_thread_that_computes_counts_for_its_process() -> None:
+    code = "import sys, threading\nthreading.Thread(target=lambda: [0 for _ in iter(int, 1)], daemon=True).start()\n"
+    code += "print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        first = until(process.pid, stopped=False, running=True)
+        while (now := activity(process.pid)) is not None and now.seconds <= first.seconds:
+            pass
+        assert now is not None
+        process.kill()
+
+
+def until(pid: int, *, stopped: bool, running: bool) -> Activity:
+    while (found := activity(pid)) is None or (found.stopped, found.running) != (stopped, running):
+        pass
+    return found
