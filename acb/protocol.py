@@ -45,7 +45,7 @@ class Hello(Message):
     its own, names its `gang`, and its `rank` in it from 0. `gpu` is the ordinal of the GPU that the client is bound to,
     -1: none yet; of a client of several, the first, and `gpus` has all, as in Grant. Sizes are bytes on one GPU; of a
     client of several GPUs, on the fullest. What is learned is kept by `program`, else by the name: two programs of one
-    file name need not be alike.
+    file name need not be alike. `chosen`: the user has said which GPU, and it is to be no other.
     """
 
     type: ClassVar[str] = "hello"
@@ -66,6 +66,7 @@ class Hello(Message):
     gang_size: int = 0
     rank: int = 0
     program: str = ""
+    chosen: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,10 +126,11 @@ class Broker:
             self.scheduler.touch(*client.gpus)
         return self._finish(now)
 
-    def driver_tier(self, available: bool, now: float) -> list[Send]:
-        """Whether the driver can move what frameworks cannot, by the instructions Suspend and Resume."""
+    def driver_tier(self, available: bool, now: float, *, migrates: bool = False) -> list[Send]:
+        """Whether the driver can move what frameworks cannot, by the instructions Suspend and Resume; and whether it
+        can bring it back on another GPU."""
         self._log.append((now, 0, f"driver tier {'on' if available else 'off'}"))
-        self._room.driver = available
+        self._room.driver, self._room.migrates = available, available and migrates
         for client in list(self._room.unmovable.values()):
             self._room.cannot_move(client, client.unmovable)
         self.scheduler.touch_all()
@@ -150,10 +151,13 @@ class Broker:
             self.scheduler.touch(*client.gpus)
         return self._finish(now)
 
-    def resumed(self, client_id: int, problem: str, now: float, *, lost: bool = False) -> list[Send]:
+    def resumed(
+        self, client_id: int, problem: str, now: float, *, lost: bool = False, kept: bool = False
+    ) -> list[Send]:
         """Answer to Resume: the client's memory is back, '' being the problem; else it is asked for again later.
 
-        `lost`: nothing can bring it back. What the client asks for is refused from now on.
+        `lost`: nothing can bring it back. What the client asks for is refused from now on. `kept`: it is on the host as
+        before, for sure, and may still come back on any GPU.
         """
         self._log.append((now, client_id, f"resumed {problem}"))
         client = self.clients.get(client_id)
@@ -172,6 +176,8 @@ class Broker:
                 self._room.settle(client)
                 self._send(client.id, Refused(client.refusal))
                 self._close_unit(client.unit, now)
+            elif kept and client.origin is not None:
+                self._stay(client, client.origin, now)
             else:
                 self.scheduler.resume_later(client, now)
         return self._finish(now)
@@ -189,18 +195,40 @@ class Broker:
             self._request(client, Request(), now)
         return self._finish(now)
 
-    def found_suspended(self, client_id: int, nbytes: int, now: float) -> list[Send]:
-        """A broker before this one had the driver move `nbytes` of the client's memory."""
+    def _stay(self, client: Client, home: Gpu, now: float) -> None:
+        """It could not be brought back on another GPU: it waits where its memory was, and in its old place."""
+        unit, asked_at = client.unit, client.unit.asked_at
+        for gpu in client.gpus:
+            gpu.holders.discard(client.id)
+        client.resuming = client.lease = client.revoked = False
+        client.headroom = 0
+        self._room.settle(client)
+        self._close_unit(unit, now)
+        self.scheduler.move(client, home)
+        client.waiting = client.stays = True
+        self.scheduler.enqueue(unit, now)
+        unit.asked_at = asked_at
+        self.scheduler.requeue(unit, now)
+
+    def found_suspended(self, client_id: int, nbytes: int, now: float, onto: str = "") -> list[Send]:
+        """A broker before this one had the driver move `nbytes` of the client's memory.
+
+        `onto`: it was about to have them brought back on this GPU, by Resume.target, and may have.
+        """
         client = self.clients.get(client_id)
         if client is not None and client.gpus and not client.lease:
             self._log.append((now, client_id, "found suspended"))
             self._park(client, nbytes)
+            for gpu in self.gpus:
+                if onto and gpu.visible == onto and gpu not in client.gpus and client.unit.size == 1:
+                    self.scheduler.move(client, gpu)
+                    client.stays = True
             self.scheduler.touch(*client.gpus)
         return self._finish(now)
 
     def _park(self, client: Client, nbytes: int) -> None:
         """The driver has so much of it on the host."""
-        client.suspended, client.emptied = True, False
+        client.suspended, client.emptied, client.stays = True, False, False
         self._room.suspended[client.id] = client
         client.parked = min(nbytes, min(gpu.capacity for gpu in client.gpus) - client.evacuated)
         client.evacuated += client.parked
@@ -249,7 +277,7 @@ class Broker:
             self._send(client_id, Refused("a second hello on one connection"))
             return
         profile = Profile(self.programs[hello.program or hello.name])
-        client = Client(client_id, hello.pid, hello.name, profile, hint=max(0, hello.memory_hint))
+        client = Client(client_id, hello.pid, hello.name, profile, max(0, hello.memory_hint), chosen=hello.chosen)
         client.came_at = client.yielded_at = now
         self.clients[client_id] = client
         self.recovering.discard(hello.pid)

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 from acb import hostmemory
 from acb.broker.checkpointing import Helper
 from acb.broker.journal import Journal, Suspended
+from acb.broker.migration import gpu_map
 from acb.devices.checkpoint import Outcome
 from acb.devices.checkpoint_probe import Probe
 
@@ -36,13 +37,15 @@ ROOM = 2.0
 
 
 class Done(NamedTuple):
-    """A request's end: `problem` is a sentence, '' when it was done. `lost`: nothing can bring the memory back."""
+    """A request's end: `problem` is a sentence, '' when it was done. `lost`: nothing can bring the memory back; `kept`:
+    it is on the host, as it was."""
 
     client: int
     op: Op
     problem: str
     seconds: float = 0.0
     lost: bool = False
+    kept: bool = False
 
 
 class _Request(NamedTuple):
@@ -57,9 +60,17 @@ class _Request(NamedTuple):
 class DriverTier:
     """See the module. Not for several threads."""
 
-    def __init__(self, journal: Journal, tier: str | None = None, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        tier: str | None = None,
+        environment: dict[str, str] | None = None,
+        *,
+        migrates: bool = False,
+    ) -> None:
         """`tier`: MODULE:FUNCTION for the helper, which is then known to work, with this `environment` besides this
-        process's; None: the real driver."""
+        process's; None: the real driver. `migrates`: it can bring memory back on another GPU."""
+        self.migrates = migrates
         self._helper = Helper(tier, {**os.environ, **(environment or {})})
         self._journal = journal
         self._works: bool | None = None if tier is None else True
@@ -86,11 +97,19 @@ class DriverTier:
         limit = None if free is None else max(0, free - hostmemory.RESERVE)
         self._when_it_works(lambda: self._submit(request, "suspend", timeout=REST, host_free=limit), request)
 
-    def resume(self, client: int, pid: int) -> None:
-        """Have it brought back: the room is there, as far as the broker knows."""
+    def resume(self, client: int, pid: int, source: str = "", target: str = "") -> None:
+        """Have it brought back, on the GPU `target` instead of `source`, by their UUIDs, if they are given: the room is
+        there, as far as the broker knows.
+
+        The target is in the journal until it is known what came of it: should this broker die, its memory may be there.
+        """
         kept = self._journal.suspended(pid) or Suspended(0, {})
+        moves = None
+        if target:
+            moves = gpu_map(kept.needs, source, target)
+            self._journal.suspends(pid, kept._replace(target=target))
         request = _Request("resume", client, pid, kept.nbytes)
-        self._submit(request, "resume", needs=kept.needs, patience=ROOM)
+        self._submit(request, "resume", needs=kept.needs, patience=ROOM, gpu_map=moves)
 
     def done(self) -> list[Done]:
         """What has been answered since; does not wait."""
@@ -146,9 +165,15 @@ class DriverTier:
                 self._submit(request._replace(releasing=outcome.reason), "release")
         else:
             lost = outcome.state == "failed" or outcome.problem == "gone"
-            self._end(request, "" if outcome.done else outcome.reason or "unknown", seconds, lost)
+            stays = not outcome.done and outcome.state == "checkpointed"
+            kept = self._journal.suspended(request.pid)
+            if stays and kept is not None and kept.target:
+                self._journal.suspends(request.pid, kept._replace(target=""))
+            self._end(request, "" if outcome.done else outcome.reason or "unknown", seconds, lost, stays)
 
-    def _end(self, request: _Request, problem: str, seconds: float = 0.0, lost: bool = False) -> None:
+    def _end(
+        self, request: _Request, problem: str, seconds: float = 0.0, lost: bool = False, kept: bool = False
+    ) -> None:
         if bool(problem) == (request.op == "suspend"):
             self._journal.resumed(request.pid)
-        self._done.append(Done(request.client, request.op, problem, seconds, lost))
+        self._done.append(Done(request.client, request.op, problem, seconds, lost, kept))

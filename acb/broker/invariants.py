@@ -8,12 +8,16 @@
   GPUs, and whenever somebody waits, something is under way that will let him in (a revoked holder, an evacuation,
   somebody before him) or a client that cannot be moved keeps the room;
 - a GPU with a free slot stands idle for nobody's sake but of one that cannot be let in yet;
-- the answers to MoreRoom are never forgotten.
+- the answers to MoreRoom are never forgotten;
+- a client goes to another GPU only while all that it has is on the host, and only to one of the same kind and size; and
+  nobody who could do so waits for a GPU that is taken while such a one is idle.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from acb.broker import migration
 
 if TYPE_CHECKING:
     from acb.broker.core import Broker
@@ -50,6 +54,7 @@ def _gpu(gpu: Gpu, broker: Broker) -> None:
     assert abs(gpu.load - sum(unit.load for unit in {c.unit for c in broker.clients.values()} if gpu in unit.gpus)) < (
         1e-6
     ), "the books of load are wrong"
+    assert broker.recovering or not broker.scheduler.passed_over(gpu), "idle, and a suspended client waits elsewhere"
     for unit in gpu.units:
         assert unit.active, "a unit that does not run has a slot"
         assert unit.leased(), "nobody of a running unit holds a lease"
@@ -66,6 +71,11 @@ def _client(client: Client, broker: Broker) -> None:
     assert not client.suspended or not client.resident, "memory that the driver has moved is counted on the GPU"
     assert not (client.suspended and client.lease) or client.resuming, "a suspended client runs"
     assert (client.id in broker.suspended_clients) == (client.suspended and not client.refusal), "lost in the driver"
+    if client.origin is not None:
+        assert client.suspended, "comes from elsewhere, and its memory is not with the driver"
+        assert migration.alike(client.origin, client.gpus[0]), "the driver cannot bring it there"
+        assert client.origin is not client.gpus[0], "comes from where it is"
+        assert not client.chosen or client.stays, "is taken from the GPU that its user has chosen"
     assert not client.room_wanted or client.lease, "wants room without a lease"
     assert not client.waiting or client.unit.queued or client.unit.active, "waits in no line"
     assert not (client.unit.queued and client.unit.active), "waits in line and runs"

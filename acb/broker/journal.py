@@ -17,10 +17,14 @@ from acb.processes import start_time
 
 
 class Suspended(NamedTuple):
-    """A process whose memory the driver has moved: `nbytes` in all, `needs` bytes by UUID of the GPU to come back."""
+    """A process whose memory the driver has moved: `nbytes` in all, `needs` bytes by UUID of the GPU to come back.
+
+    `target`: the UUID of another GPU on which they are being brought back, or may have been; '': not on another one.
+    """
 
     nbytes: int
     needs: dict[str, int]
+    target: str = ""
 
 
 class Journal:
@@ -38,8 +42,9 @@ class Journal:
             found = json.loads(self.path.read_text())
             self.options = dict(found["options"])
             self._clients = {int(pid): int(start) for pid, start in found["clients"].items()}
-            for pid, (nbytes, needs) in found.get("suspended", {}).items():
-                self._suspended[int(pid)] = Suspended(int(nbytes), {str(gpu): int(size) for gpu, size in needs.items()})
+            for pid, (nbytes, needs, *target) in found.get("suspended", {}).items():
+                sizes = {str(gpu): int(size) for gpu, size in needs.items()}
+                self._suspended[int(pid)] = Suspended(int(nbytes), sizes, *map(str, target[:1]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return False
         return True

@@ -25,6 +25,8 @@ class Room:
         self._send = send
         self.driver = False
         """Whether the driver can move what the frameworks cannot."""
+        self.migrates = False
+        """Whether it can bring it back on another GPU."""
         self.unmovable: dict[int, Client] = {}
         """Clients that could not be evacuated."""
         self.suspended: dict[int, Client] = {}

@@ -13,10 +13,12 @@ import heapq
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 
+from acb.broker import migration
+from acb.broker.migration import EVEN
 from acb.broker.policies import Policy
 from acb.broker.policies.base import MAX_QUANTUM, swap_seconds
 from acb.broker.room import Room
-from acb.broker.state import Client, Gpu, Resume, Unit
+from acb.broker.state import Client, Gpu, Unit
 from acb.config import format_size
 from acb.protocol import Grant, Message, Revoke, Uncontended
 from acb.protocol import Room as RoomAnswer
@@ -35,10 +37,6 @@ DEPTH = 16
 
 LEAST_LOAD = 0.05
 """GPUs: what the lightest program counts for."""
-
-
-EVEN = 1e-6
-"""GPUs: loads that differ by less are equal."""
 
 
 class Admission(enum.Enum):
@@ -164,7 +162,7 @@ class Scheduler:
             if client is not None:
                 self.touch(*client.gpus)
             elif number in self._clients and self._clients[number].resuming:
-                self._send(number, Resume())
+                self._send(number, migration.resume(self._clients[number]))
 
     def paused(self, client: Client) -> bool:
         """Whether the client waits for its gang to stop."""
@@ -199,7 +197,7 @@ class Scheduler:
         while True:
             unit = gpu.next()
             if unit is None:
-                if gpu.full or not self._take_newcomer(gpu):
+                if gpu.full or not (self._take_newcomer(gpu) or self._take_suspended(gpu)):
                     return
                 continue
             admission = self._admit(unit, now)
@@ -212,6 +210,8 @@ class Scheduler:
                 place is gpu and client is not None and bool(gpu.units) and self._room.kept_by_holders(gpu, client)
                 for place, client in unit.places()
             )
+            if gpu.full:
+                self.touch(*migration.targets(gpu, self._gpus, self._room))
             if admission is Admission.COMING and self._policy.backfills and not gpu.full:
                 self._backfill(gpu, unit, now)
             return
@@ -280,7 +280,7 @@ class Scheduler:
             gpu.holders.add(client.id)
         if client.suspended:
             client.resuming = True
-            self._send(client.id, Resume())
+            self._send(client.id, migration.resume(client))
         else:
             self._tell_granted(client)
 
@@ -294,6 +294,7 @@ class Scheduler:
     def resumed(self, client: Client, now: float) -> None:
         """The driver has brought the memory of a client that has the lease back: now it may go on."""
         client.resuming = client.suspended = False
+        client.origin = None
         del self._room.suspended[client.id]
         client.started_at = now
         self._tell_granted(client)
@@ -349,6 +350,29 @@ class Scheduler:
             self.touch(other)
             return True
         return False
+
+    def _take_suspended(self, gpu: Gpu) -> bool:
+        """Take over a client that waits to be resumed, from a GPU of the same kind that is taken."""
+        client = migration.candidate(gpu, self._room) if self._room.migrates else None
+        if client is None:
+            return False
+        self.touch(*client.gpus)
+        self.move(client, gpu)
+        return True
+
+    def passed_over(self, gpu: Gpu) -> bool:
+        """Whether it is idle although somebody waits elsewhere who could be resumed here; for checks."""
+        idle = not gpu.units and gpu.next() is None
+        return idle and self._room.migrates and migration.candidate(gpu, self._room) is not None
+
+    def move(self, client: Client, gpu: Gpu) -> None:
+        """The driver is to bring the client's memory back on this GPU."""
+        unit, origin = client.unit, client.origin or client.gpus[0]
+        client.origin = None if gpu is origin else origin
+        self.place(unit, [gpu], bound=True)
+        if unit.queued:
+            unit.ticket += 1
+            gpu.line.add(unit)
 
     # --- ahead of turn ----------------------------------------------------------------------------------------------
 

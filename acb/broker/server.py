@@ -124,7 +124,7 @@ class Server:
         self._poller.register(wake_read, select.EPOLLIN)
         if self._driver is not None:
             self._poller.register(self._driver, select.EPOLLIN)
-            self._core.driver_tier(True, time.monotonic())
+            self._core.driver_tier(True, time.monotonic(), migrates=self._driver.migrates)
         survivors = self._journal.survivors()
         if survivors:
             self._core.recover(survivors)
@@ -212,7 +212,8 @@ class Server:
             if done.op == "suspend":
                 self._deliver(self._core.suspended(done.client, done.problem, done.seconds, time.monotonic()))
             else:
-                self._deliver(self._core.resumed(done.client, done.problem, time.monotonic(), lost=done.lost))
+                now = time.monotonic()
+                self._deliver(self._core.resumed(done.client, done.problem, now, lost=done.lost, kept=done.kept))
         if driver.unavailable and not self._driver_off:
             self._driver_off = True
             _log(f"the driver cannot move memory here: {driver.unavailable}")
@@ -377,7 +378,8 @@ class Server:
                 self._journal.came(connection.pid)
                 kept = self._journal.suspended(connection.pid)
                 if kept is not None and self._driver is not None:
-                    self._deliver(self._core.found_suspended(connection.id, kept.nbytes, time.monotonic()))
+                    now = time.monotonic()
+                    self._deliver(self._core.found_suspended(connection.id, kept.nbytes, now, kept.target))
 
     def _corrected(self, connection: Connection, message: Message) -> Message:
         """The message with what the device says that the client has there, where it can say."""
@@ -422,7 +424,7 @@ class Server:
     def _drive(self, driver: DriverTier, connection: Connection, message: Suspend | Resume) -> None:
         client = self._core.clients[connection.id]
         if isinstance(message, Resume):
-            driver.resume(client.id, client.pid)
+            driver.resume(client.id, client.pid, message.source, message.target)
         else:
             needs = {gpu.visible: client.resident for gpu in client.gpus}
             driver.suspend(client.id, client.pid, client.resident, needs)

@@ -30,9 +30,14 @@ class Suspend(Message):
 
 @dataclass(frozen=True, slots=True)
 class Resume(Message):
-    """For the broker itself, not on the wire: have the driver bring this client's memory back; the room is there."""
+    """For the broker itself, not on the wire: have the driver bring this client's memory back; the room is there.
+
+    From the GPU `source` onto `target`, by what CUDA_VISIBLE_DEVICES calls them; '': onto the GPU that it was on.
+    """
 
     type: ClassVar[str] = "resume"
+    source: str = ""
+    target: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +48,8 @@ class Gpu:
     capacity: int
     visible: str = ""
     slots: int = 1
+    kind: str = ""
+    """The driver can take a process from one GPU to another of the same kind and capacity; '': to none."""
     holders: set[int] = field(default_factory=set)
     """Ids of the clients with a lease here."""
     bound: set[int] = field(default_factory=set)
@@ -120,6 +127,12 @@ class Client:
     """It has the lease, and hears of it when the driver has brought its memory back."""
     parked: int = 0
     """Bytes that the driver has moved."""
+    origin: Gpu | None = None
+    """The GPU that it has moved them off, when they are to come back on another one."""
+    chosen: bool = False
+    """Whether the user has chosen its GPU."""
+    stays: bool = False
+    """Whether where its memory comes back must not be changed any more: the driver could not, or may already have."""
     driver_problem: str = ""
     """Why the driver cannot move it."""
     refusal: str = ""

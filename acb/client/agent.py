@@ -320,14 +320,15 @@ class Agent:
     def _place(self) -> dict[str, Any]:
         """Fields of the Hello: where this process is bound, or wants to be."""
         gpu, gpus = self.gpu, self.gpus
-        if gpu is None and not self._simulated:
-            wish = wishes.of_this_process()
-            gpus = visible.chosen(wish.gang_size or wish.count)
+        wish = wishes.of_this_process()
+        chosen = () if self._simulated else visible.chosen(wish.gang_size or wish.count)
+        if gpu is None:
+            gpus = chosen
             if gpus and len(gpus) == (wish.gang_size or wish.count):
                 gpu = gpus[wish.rank if wish.gang else 0]
         if gpu is None:
             return {"gpu": -1, "gpus": ""}
-        return {"gpu": gpu, "gpus": ",".join(map(str, gpus)) if len(gpus) > 1 else ""}
+        return {"gpu": gpu, "gpus": ",".join(map(str, gpus)) if len(gpus) > 1 else "", "chosen": bool(chosen)}
 
     def _missing(self, error: Exception) -> None:
         """No broker answers. See that there is one, or say how; with no way at all let the program run without."""

@@ -44,6 +44,13 @@ class Program:
         self.room_answers = self.room_asked = 0
         self.suspend = self.resume = False
         self.parked = 0
+        self.onto = ""  # the GPU on which the driver is bringing its memory back, another than before
+        self.moved = False  # its memory is back on another GPU, which it has not heard of
+
+    @property
+    def free(self) -> bool:
+        """Whether it may ask."""
+        return not (self.lease or self.waiting or self.refused)
 
     def take(self, message: Message) -> None:
         if isinstance(message, Grant):
@@ -51,8 +58,9 @@ class Program:
             assert not self.lease
             assert not self.evacuate
             gpus = tuple(map(int, message.gpus.split(","))) if message.gpus else (message.gpu,)
-            assert self.gpus in ((), gpus), "it was moved to other GPUs"
-            self.gpus = gpus
+            assert self.moved or self.gpus in ((), gpus), "it was moved to other GPUs"
+            assert not self.moved or self.gpus != gpus
+            self.gpus, self.moved = gpus, False
             self.lease, self.waiting, self.restoring = True, False, self.evacuated > 0
         elif isinstance(message, Revoke):
             self.revoked = True
@@ -68,13 +76,20 @@ class Program:
         elif isinstance(message, Resume):
             assert self.waiting
             assert self.parked
-            self.resume = True
+            assert not message.source or (int(message.source),) == self.gpus
+            assert self.onto in ("", message.target), "nobody knows whether it is there already"
+            self.resume, self.onto = True, message.target
         elif isinstance(message, Room):
             self.room_answers += 1
         elif isinstance(message, Refused):
             self.refused, self.waiting = True, False
         else:
             assert isinstance(message, Welcome)
+
+
+def some(flag: str):
+    """The rule is for programs of which this is true: it is not tried, in vain, while there is none."""
+    return precondition(lambda self: any(getattr(program, flag) for program in self.programs.values()))
 
 
 class Histories(RuleBasedStateMachine):
@@ -84,16 +99,20 @@ class Histories(RuleBasedStateMachine):
     @initialize(
         policy=st.sampled_from(sorted(POLICIES)),
         slots=st.integers(1, 2),
-        driver=st.booleans(),
+        driver=st.sampled_from(["", "moves", "migrates"]),
         sizes=st.lists(st.sampled_from([CAPACITY, CAPACITY, CAPACITY // 2]), min_size=1, max_size=3),
     )
-    def start(self, policy: str, slots: int, driver: bool, sizes: list[int]) -> None:
+    def start(self, policy: str, slots: int, driver: str, sizes: list[int]) -> None:
+        self.set_up(policy, slots, driver, sizes)
+
+    def set_up(self, policy: str, slots: int, driver: str, sizes: list[int]) -> None:
         def make() -> Broker:
-            broker = Broker([Gpu(i, size, str(i), slots) for i, size in enumerate(sizes)], POLICIES[policy](None))
-            broker.driver_tier(driver, 0.0)
+            gpus = [Gpu(i, size, str(i), slots, kind="H100") for i, size in enumerate(sizes)]
+            broker = Broker(gpus, POLICIES[policy](None))
+            broker.driver_tier(bool(driver), 0.0, migrates=driver == "migrates")
             return broker
 
-        self.make = make
+        self.make, self.driver = make, driver
         self.broker = self.make()
         self.count, self.largest = len(sizes), max(sizes)
         self.programs: dict[int, Program] = {}
@@ -118,6 +137,25 @@ class Histories(RuleBasedStateMachine):
         self.hellos[client] = Hello(VERSION, 1000 + client, f"p{client % 3}", **fields)
         self.tell(client, self.hellos[client])
 
+    def ask_as(self, client: int, program: Program) -> None:
+        program.waiting = True
+        self.tell(client, Request())
+
+    def turn(self, client: int, program: Program, nbytes: int) -> None:
+        """Ask, allocate so much, and give the lease back, if it is granted at once."""
+        self.ask_as(client, program)
+        headroom = self.broker.clients[client].headroom
+        if program.lease and not program.restoring:
+            program.resident = min(program.size, headroom, program.resident + nbytes)
+            program.peak = max(program.peak, program.resident)
+            program.lease = program.revoked = False
+            self.tell(client, Yield(program.resident, program.peak))
+
+    def find_suspended(self, client: int, program: Program) -> None:
+        program.parked, program.resident = program.resident, 0
+        self.now += 0.001
+        self.deliver(self.broker.found_suspended(client, program.parked, self.now))
+
     @rule(
         size=st.integers(0, CAPACITY),
         hint=st.sampled_from([0, 0, 300, CAPACITY, CAPACITY + 1]),
@@ -125,23 +163,25 @@ class Histories(RuleBasedStateMachine):
         priority=st.sampled_from([0, 0, 5, -5]),
         weight=st.sampled_from([1.0, 4.0]),
         count=st.sampled_from([1, 1, 1, 2, 3]),
+        chosen=st.sampled_from([False, False, False, True]),
     )
-    def come(self, size: int, hint: int, residue: int, priority: int, weight: float, count: int) -> None:
+    def come(self, size: int, hint: int, residue: int, priority: int, weight: float, count: int, chosen: bool) -> None:
         if len(self.programs) < 7:
             program = Program(min(size, hint) if hint else size, residue)
-            self.come_as(program, memory_hint=hint, priority=priority, weight=weight, count=count)
+            self.come_as(program, memory_hint=hint, priority=priority, weight=weight, count=count, chosen=chosen)
 
     @rule(data=st.data(), size=st.integers(0, 400), gang=st.sampled_from(["a", "b"]), rank=st.integers(0, 1))
     def come_as_a_member(self, data: st.DataObject, size: int, gang: str, rank: int) -> None:
         if len(self.programs) < 7:
             self.come_as(Program(size, 0, gang), gang=gang, gang_size=2, rank=rank)
 
+    @some("free")
     @rule(data=st.data())
     def ask(self, data: st.DataObject) -> None:
-        if found := self.pick(data, lambda p: not (p.lease or p.waiting or p.refused)):
-            found[1].waiting = True
-            self.tell(found[0], Request())
+        if found := self.pick(data, lambda p: p.free):
+            self.ask_as(*found)
 
+    @some("lease")
     @rule(data=st.data(), wants=st.booleans(), fraction=st.floats(0, 1))
     def compute_and_yield(self, data: st.DataObject, wants: bool, fraction: float) -> None:
         if found := self.pick(data, lambda p: p.lease and not p.restoring and p.room_asked == p.room_answers):
@@ -153,6 +193,16 @@ class Histories(RuleBasedStateMachine):
             program.waiting = wants
             self.tell(client, Yield(program.resident, program.peak, wants))
 
+    @some("free")
+    @rule(data=st.data(), nbytes=st.integers(1, 600), asks=st.booleans())
+    def take_a_turn(self, data: st.DataObject, nbytes: int, asks: bool) -> None:
+        """The most usual history of all in one step, so that there is time for what comes of it."""
+        if found := self.pick(data, lambda p: p.free):
+            self.turn(*found, nbytes)
+            if asks and found[1].free:
+                self.ask_as(*found)
+
+    @some("restoring")
     @rule(data=st.data())
     def restored(self, data: st.DataObject) -> None:
         if found := self.pick(data, lambda p: p.restoring):
@@ -161,6 +211,7 @@ class Histories(RuleBasedStateMachine):
             program.restoring = False
             self.tell(client, Restored(program.resident, moved, 0.1))
 
+    @some("evacuate")
     @rule(data=st.data(), refuse=st.sampled_from([False, False, False, True]))
     def evacuated(self, data: st.DataObject, refuse: bool) -> None:
         if found := self.pick(data, lambda p: p.evacuate):
@@ -171,6 +222,7 @@ class Histories(RuleBasedStateMachine):
             program.evacuated += moved
             self.tell(client, Evacuated(program.resident, moved, 0.1, "no host memory" if refuse else ""))
 
+    @some("suspend")
     @rule(data=st.data(), problem=st.sampled_from(["", "", "timeout"]))
     def driver_suspends(self, data: st.DataObject, problem: str) -> None:
         if found := self.pick(data, lambda p: p.suspend):
@@ -181,16 +233,34 @@ class Histories(RuleBasedStateMachine):
             self.now += 0.001
             self.deliver(self.broker.suspended(client, problem, 0.1, self.now))
 
-    @rule(data=st.data(), problem=st.sampled_from(["", "", "room", "lost"]))
+    @some("resume")
+    @rule(data=st.data(), problem=st.sampled_from(["", "", "room", "lost", "helper"]))
     def driver_resumes(self, data: st.DataObject, problem: str) -> None:
+        """With the problem "helper" nobody knows what has become of it."""
         if found := self.pick(data, lambda p: p.resume):
             client, program = found
             program.resume = False
             if not problem:
                 program.resident, program.parked = program.resident + program.parked, 0
+                program.moved = bool(program.onto)
+            if problem != "helper":
+                program.onto = ""
             self.now += 0.001
-            self.deliver(self.broker.resumed(client, problem, self.now, lost=problem == "lost"))
+            lost, kept = problem == "lost", problem == "room"
+            self.deliver(self.broker.resumed(client, problem, self.now, lost=lost, kept=kept))
 
+    @precondition(lambda self: self.driver)
+    @some("resident")
+    @rule(data=st.data(), asks=st.booleans())
+    def is_found_suspended(self, data: st.DataObject, asks: bool) -> None:
+        """The shortest way to what the driver does after a refused evacuation."""
+        idle = lambda p: p.resident and not (p.lease or p.waiting or p.evacuate or p.suspend or p.parked)  # noqa: E731
+        if found := self.pick(data, idle):
+            self.find_suspended(*found)
+            if asks and found[1].free:
+                self.ask_as(*found)
+
+    @some("parked")
     @rule(data=st.data(), asks=st.booleans())
     def blocked(self, data: st.DataObject, asks: bool) -> None:
         """A program is stopped in the driver, and cannot ask; or it seemed so, and does."""
@@ -202,12 +272,14 @@ class Histories(RuleBasedStateMachine):
             if asks and not program.lease:
                 self.tell(client, Request())
 
+    @some("lease")
     @rule(data=st.data(), nbytes=st.integers(1, CAPACITY))
     def more_room(self, data: st.DataObject, nbytes: int) -> None:
         if found := self.pick(data, lambda p: p.lease and p.room_asked == p.room_answers and not p.restoring):
             found[1].room_asked += 1
             self.tell(found[0], MoreRoom(found[1].resident, nbytes))
 
+    @some("resident")
     @rule(data=st.data(), truth=st.integers(0, CAPACITY))
     def observe(self, data: st.DataObject, truth: int) -> None:
         """The device says that a program has lied."""
@@ -223,9 +295,10 @@ class Histories(RuleBasedStateMachine):
             self.deliver(self.broker.tick(self.now))
             assert self.broker.wake_at is None or self.broker.wake_at > self.now
 
-    @rule(data=st.data())
-    def die(self, data: st.DataObject) -> None:
-        if found := self.pick(data, lambda p: True):
+    @precondition(lambda self: self.programs)
+    @rule(data=st.data(), dies=st.sampled_from([False, False, False, True]))
+    def die(self, data: st.DataObject, dies: bool) -> None:
+        if dies and (found := self.pick(data, lambda p: True)):
             del self.programs[found[0]]
             self.now += 0.001
             self.deliver(self.broker.gone(found[0], self.now))
@@ -233,6 +306,8 @@ class Histories(RuleBasedStateMachine):
     @rule(data=st.data())
     def broker_dies(self, data: st.DataObject) -> None:
         """All tell the next one what they hold, in any order; some die before that."""
+        if not data.draw(st.sampled_from([False, False, True])):
+            return
         self.broker = self.make()
         self.broker.recover({1000 + client for client in self.programs})
         for client in data.draw(st.permutations(sorted(self.programs))):
@@ -264,7 +339,7 @@ class Histories(RuleBasedStateMachine):
                 program.lease, program.waiting, program.restoring = False, False, False
             self.deliver([send for send in sends if send.message is not welcome])
             if program.parked:
-                self.deliver(self.broker.found_suspended(client, program.parked, self.now))
+                self.deliver(self.broker.found_suspended(client, program.parked, self.now, program.onto))
         for client, program in list(self.programs.items()):
             if program.waiting:
                 self.tell(client, Request())
@@ -308,7 +383,7 @@ class Histories(RuleBasedStateMachine):
                     program.suspend, program.parked, program.resident = False, program.resident, 0
                     self.deliver(self.broker.suspended(client, "", 0.1, self.now))
                 elif program.resume:
-                    program.resume = False
+                    program.resume, program.moved, program.onto = False, bool(program.onto), ""
                     program.resident, program.parked = program.resident + program.parked, 0
                     self.deliver(self.broker.resumed(client, "", self.now))
                 elif program.evacuate:
@@ -319,7 +394,7 @@ class Histories(RuleBasedStateMachine):
                     program.restoring, program.resident = False, program.resident + program.evacuated
                     moved, program.evacuated = program.evacuated, 0
                     self.tell(client, Restored(program.resident, moved, 0.1))
-                elif program.lease:
+                elif program.lease or (self.broker.clients[client].unmovable and not program.waiting):
                     program.lease = False
                     del self.programs[client]  # its work is done
                     self.now += 0.001

@@ -31,6 +31,9 @@ T = TypeVar("T")
 CHECKPOINT_SINCE = 570
 """NVIDIA's driver branch that has the checkpoint calls."""
 
+MIGRATION_SINCE = 580
+"""The branch that can bring a process back on another GPU of the same kind."""
+
 SIMULATED_TIER = "acb.devices.simulated_driver:tier"
 
 
@@ -54,8 +57,10 @@ class Pool:
         if self.cards:
             return DriverTier(journal, SIMULATED_TIER, self.environment) if choice == "on" else None
         major = (self.driver_version or "").partition(".")[0]
-        can = major.isdigit() and int(major) >= CHECKPOINT_SINCE
-        return DriverTier(journal) if choice == "on" or (choice == "auto" and can) else None
+        branch = int(major) if major.isdigit() else 0
+        if choice == "on" or (choice == "auto" and branch >= CHECKPOINT_SINCE):
+            return DriverTier(journal, migrates=branch >= MIGRATION_SINCE)
+        return None
 
     def meter(self) -> Meter | None:
         """What tells how much each process holds of a real GPU. (Simulated ones are asked with every message.)"""
@@ -111,7 +116,7 @@ def real(chosen: Sequence[str] | None) -> Pool:
             if (obstacle := obstacles[device]) is not None:
                 raise ConfigError(obstacle, EX_UNAVAILABLE)
     picked = lendable
-    gpus = [Gpu(device.ordinal, device.capacity, device.uuid) for device in picked]
+    gpus = [Gpu(device.ordinal, device.capacity, device.uuid, kind=device.name) for device in picked]
     words = ", ".join(f"{device.name} ({format_size(device.capacity)})" for device in picked)
     # By which a program's own CUDA_VISIBLE_DEVICES is understood: see acb.client.visible.
     devices = [f"{'' if device in picked else '-'}{indices[device.uuid]}={device.uuid}" for device in found]
