@@ -84,16 +84,19 @@ class Card:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = CardFile(path)
-        words = self._words = self._file.words
-        self.path = path
-        self.capacity: int = words[layout.CAPACITY]
-        self.bandwidth: int | None = words[layout.BANDWIDTH] or None
-        self.speed: float | None = struct.unpack_from("=d", self._file.raw, layout.SPEED * 8)[0] or None
-        self.ordinal: int = words[layout.ORDINAL]
+        self._map(CardFile(path), path)
         self._debt = 0.0  # seconds of waiting for the bus not done yet
+        self._before: CardFile | None = None
         self._forget()
         _cards.add(self)
+
+    def _map(self, file: CardFile, path: Path) -> None:
+        words = file.words
+        self._file, self._words, self.path = file, words, path
+        self.capacity: int = words[layout.CAPACITY]
+        self.bandwidth: int | None = words[layout.BANDWIDTH] or None
+        self.speed: float | None = struct.unpack_from("=d", file.raw, layout.SPEED * 8)[0] or None
+        self.ordinal: int = words[layout.ORDINAL]
 
     def _forget(self) -> None:
         """Begin as a process that holds nothing: when opened, and in a forked child."""
@@ -172,7 +175,7 @@ class Card:
             if not mutex.acquire(blocking=False):
                 return
             try:
-                if self._inside:
+                if self._inside or self._moved():
                     return
                 self._book()
             finally:
@@ -191,9 +194,36 @@ class Card:
     def _claimed(self) -> int:
         """This process's slot; with everything locked."""
         if self._slot is None:
-            others = {card._slot for card in list(_cards) if card is not self and card.path == self.path}
-            self._slot = self._file.claim({slot for slot in others if slot is not None})
+            others = [card._place() for card in list(_cards) if card is not self]
+            self._slot = self._file.claim({slot for ordinal, slot in others if ordinal == self.ordinal})
         return self._slot
+
+    # --- taken to another card by the driver (see simulated_driver) ---------------------------------------------------
+
+    def _moved(self) -> bool:
+        slot = self._slot
+        return slot is not None and self._words[layout.STATES + slot] >= layout.MOVED
+
+    def _place(self) -> tuple[int, int]:
+        """(ordinal, slot) of where this process's memory is; the slot -1: it has none."""
+        slot, words = self._slot, self._words
+        if slot is None:
+            return self.ordinal, -1
+        state = words[layout.STATES + slot]
+        return layout.moved_from(state) if state >= layout.MOVED else (self.ordinal, slot)
+
+    def _follow(self) -> None:
+        """From now on this is the card that the process has been taken to. With the mutex held, and nobody inside."""
+        while self._moved():
+            assert self._slot is not None
+            ordinal, slot = self._place()
+            path = self.path.with_name(f"gpu{ordinal}.card")
+            file = CardFile(path)
+            self._file.clear(self._slot)  # without a lock: nobody else writes there
+            self._before = self._file  # stays open: a thread that waits in it may look once more
+            self._map(file, path)
+            self._slot, self._generation = slot, -1
+            self._words[layout.HELD + slot] = self._held
 
     def held(self, pid: int | None = None) -> int:
         """Bytes held by this process through this Card, or by process `pid`.
@@ -204,6 +234,7 @@ class Card:
         if pid is None:
             with self._mutex:
                 if not self._inside:
+                    self._follow()
                     self._book()
                 return self._held
         return dict(self.processes()).get(pid, 0)
@@ -272,9 +303,10 @@ class Card:
             if slot is None:
                 with _Locked(self):
                     slot = self._claimed()
+            words = self._words
             self._active += 1
-            self._words[layout.ACTIVE + slot] = self._active
-        if self._words[layout.STATES + slot]:
+            words[layout.ACTIVE + slot] = self._active
+        if words[layout.STATES + slot]:
             self._end()
             self._wait_while_locked()
             self._begin(name)
@@ -289,7 +321,12 @@ class Card:
 
     def _wait_while_locked(self) -> None:
         """A call into the driver stops while the process is locked or checkpointed (see simulated_driver)."""
-        while self._slot is not None and self._words[layout.STATES + self._slot]:
+        while True:
+            with self._mutex:
+                if not self._inside:
+                    self._follow()
+                if self._slot is None or not self._words[layout.STATES + self._slot]:
+                    return
             _wait(_LOCK_POLL)
 
     def _end(self) -> None:
@@ -351,6 +388,10 @@ class _Locked:
         try:
             if card._inside == 0:
                 card._file.lock()
+                while card._moved():
+                    card._file.unlock()
+                    card._follow()
+                    card._file.lock()
                 if card._pending:
                     card._book()
             card._inside += 1

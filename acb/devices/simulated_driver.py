@@ -65,16 +65,33 @@ class SimulatedDriver:
             card.copied(card._words[layout.HELD + slot])
 
     def restore(self, pid: int, pairs: Sequence[tuple[str, str]] = ()) -> None:
-        """See Driver; onto the same GPU only."""
+        """See Driver. A GPU that is not named stays; another one must be of the same size."""
         call = "cuCheckpointProcessRestore"
-        if any(old != new for old, new in pairs):
-            raise _error(call, Result.NOT_SUPPORTED)
-        for card, slot in self._slots(call, pid):
-            with _Locked(card):
-                if card._file.used() + card._words[layout.HELD + slot] > card.capacity:
+        names = dict(pairs)
+        moves = [
+            (card, slot, self._cards[names.get(str(card.ordinal), str(card.ordinal))])
+            for card, slot in self._slots(call, pid)
+        ]
+        incoming: dict[int, int] = {}
+        for card, slot, target in moves:
+            if self._word(card, slot) != State.CHECKPOINTED:
+                raise _error(call, Result.ILLEGAL_STATE)
+            if target.capacity != card.capacity:
+                raise _error(call, Result.INVALID_VALUE)
+            incoming[target.ordinal] = incoming.get(target.ordinal, 0) + card._words[layout.HELD + slot]
+        for ordinal, nbytes in incoming.items():
+            target = self._cards[str(ordinal)]
+            with _Locked(target):
+                if target._file.used() + nbytes > target.capacity:
                     raise _error(call, Result.OUT_OF_MEMORY)
-        for card, slot in self._move(call, pid, State.CHECKPOINTED, State.LOCKED):
-            card.copied(card._words[layout.HELD + slot])
+        for card, slot, target in moves:
+            nbytes = card._words[layout.HELD + slot]
+            if target is card:
+                with _Locked(card):
+                    card._file.set_state(slot, State.LOCKED)
+            else:
+                self._take_over(pid, card, slot, target)
+            target.copied(nbytes)
 
     def unlock(self, pid: int) -> None:
         """See Driver."""
@@ -90,6 +107,17 @@ class SimulatedDriver:
         return dict(self._cards[which].processes())
 
     @staticmethod
+    def _take_over(pid: int, card: Card, slot: int, target: Card) -> None:
+        """The process's memory is on the target now; the process finds out when it next uses the card."""
+        first, second = sorted((card, target), key=lambda card: card.ordinal)
+        with _Locked(first), _Locked(second):
+            there = target._file.adopt(pid)
+            target._words[layout.HELD + there] = card._words[layout.HELD + slot]
+            target._file.set_state(there, State.LOCKED)
+            card._words[layout.HELD + slot] = 0
+            card._file.set_state(slot, layout.moved_to(target.ordinal, there))
+
+    @staticmethod
     def _word(card: Card, slot: int) -> int:
         state: int = card._words[layout.STATES + slot]
         return state
@@ -98,7 +126,9 @@ class SimulatedDriver:
         found = []
         for card in self._cards.values():
             with _Locked(card):
-                found += [(card, slot) for slot, owner in card._file.slots() if owner == pid and card._file.alive(slot)]
+                for slot, owner in card._file.slots():
+                    if owner == pid and card._file.alive(slot) and self._word(card, slot) < layout.MOVED:
+                        found.append((card, slot))
         if not found:
             raise _error(call, Result.INVALID_VALUE)
         return found

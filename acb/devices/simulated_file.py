@@ -38,15 +38,27 @@ PIDS = HOLDERS + MAX_HOLDERS
 STARTS = PIDS + SLOTS
 HELD = STARTS + SLOTS
 ACTIVE = HELD + SLOTS  # operations running now
-STATES = ACTIVE + SLOTS  # 0 running, 1 locked, 2 checkpointed, as the CUDA driver numbers them
+STATES = ACTIVE + SLOTS  # 0 running, 1 locked, 2 checkpointed, as the CUDA driver numbers them; or moved_to()
 NAMES = STATES + SLOTS  # of the operation begun last, NAME_BYTES each
 NAME_BYTES = 64
+
+MOVED = 1 << 32  # and above it, a state: the driver has taken the process to another card
 
 MAX_VIOLATIONS = 256
 VIOLATIONS = NAMES + SLOTS * NAME_BYTES // 8
 VIOLATION = struct.Struct(f"=qdq8q{NAME_BYTES}s")  # pid, time, holders' count, holders, operation
 WORDS = VIOLATIONS + MAX_VIOLATIONS * VIOLATION.size // 8
 SIZE = WORDS * 8
+
+
+def moved_to(ordinal: int, slot: int) -> int:
+    """The state of a slot whose process is in another one now, of the card with this ordinal."""
+    return MOVED + ordinal * SLOTS + slot
+
+
+def moved_from(state: int) -> tuple[int, int]:
+    """(ordinal, slot) of moved_to()."""
+    return divmod(state - MOVED, SLOTS)
 
 
 class CardError(Exception):
@@ -169,10 +181,15 @@ class CardFile:
 
         Raises CardError when there are too many processes.
         """
-        pid, start = os.getpid(), start_time(os.getpid())
+        pid = os.getpid()
         for slot, owner in self.slots():
             if owner == pid and slot not in others:
                 self.clear(slot)  # of the program that this process ran before an exec
+        return self.adopt(pid)
+
+    def adopt(self, pid: int) -> int:
+        """A new slot for a process; under lock(). Raises CardError when there are too many processes."""
+        start = start_time(pid)
         for attempt in range(2):
             for slot in range(SLOTS):
                 if self.words[PIDS + slot] == 0:

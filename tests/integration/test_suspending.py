@@ -128,6 +128,33 @@ def test_a_suspended_program_that_is_blocked_and_cannot_ask_gets_its_lease(site:
         assert program.finish() == 0, program.errors
 
 
+def test_a_suspended_program_whose_gpu_is_taken_goes_on_on_another(site: Site) -> None:
+    site.start("2x64MiB", "--driver-tier", "on")
+    held, first = immovable(site), site.program()
+    first.do("enter")  # on the other GPU
+    holder = site.program()
+    holder.do("enter")
+    assert [program.do("facts")["gpu"] for program in (held, first, holder)] == [0, 1, 0]
+    assert suspended(site, held)
+    assert first.finish() == 0
+    held.do("enter")
+    assert held.do("facts")["gpu"] == 1
+    held.do("operate")
+    held.do("add", "more", 20 * MIB)
+    held.do("operate")
+    with site.card(0) as old, site.card(1) as new:
+        assert (old.held(held.pid), new.held(held.pid)) == (0, 60 * MIB)
+    seen = site.client(held)
+    assert (seen["gpu"], seen["state"]) == (1, "running")
+    assert site.client(holder)["revoked"] is False
+    held.do("leave")
+    assert site.violations() == []
+    for program in (held, holder):
+        assert program.finish() == 0, program.errors
+    with site.card(0) as old, site.card(1) as new:
+        assert (old.used(), new.used()) == (0, 0)
+
+
 def test_without_it_such_a_program_keeps_others_out_of_what_it_holds(site: Site) -> None:
     site.start("1x64MiB", "--driver-tier", "off")
     held, other = immovable(site), site.program()

@@ -27,6 +27,8 @@ class FakeDriver:
     missing: bool = False
     calls: list[tuple[object, ...]] = field(default_factory=list)
     gpus: Sequence[str] = (A, B)
+    moved: dict[int, dict[str, str]] = field(default_factory=dict)
+    """By process: on which GPU it is instead of another."""
 
     def version(self) -> int:
         return self.cuda
@@ -52,6 +54,8 @@ class FakeDriver:
     def restore(self, pid: int, pairs: Sequence[tuple[str, str]] = ()) -> None:
         self._call("restore", pid, *pairs)
         self._step("Restore", pid, State.CHECKPOINTED, State.LOCKED)
+        before = self.moved.get(pid, {})
+        self.moved[pid] = {**dict(pairs), **{gpu: dict(pairs).get(now, now) for gpu, now in before.items()}}
 
     def unlock(self, pid: int) -> None:
         self._call("unlock", pid)
@@ -91,13 +95,18 @@ class FakeMemory:
         if self.silent:
             raise NvmlError(f"GPU {which} does not answer")
         there = [pid for pid in self.held if self.driver.states.get(pid, State.RUNNING) != State.CHECKPOINTED]
-        used = sum(self.held[pid].get(which, 0) + self.overhead * (which in self.held[pid]) for pid in there)
+        used = sum(self._sizes(pid).get(which, 0) + self.overhead * (which in self._sizes(pid)) for pid in there)
         return 80 * GIB - used - self.others.get(which, 0)
 
     def processes(self, which: str, /) -> dict[int, int | None]:
         if self.silent:
             raise NvmlError(f"GPU {which} does not answer")
-        return {pid: sizes[which] for pid, sizes in self.held.items() if which in sizes and self.knows_pids}
+        found = {pid: self._sizes(pid) for pid in self.held if self.knows_pids}
+        return {pid: sizes[which] for pid, sizes in found.items() if which in sizes}
+
+    def _sizes(self, pid: int) -> dict[str, int]:
+        places = self.driver.moved.get(pid, {})
+        return {places.get(gpu, gpu): size for gpu, size in self.held[pid].items()}
 
 
 class HangingDriver(FakeDriver):
@@ -105,6 +114,23 @@ class HangingDriver(FakeDriver):
 
     def checkpoint(self, pid: int) -> None:
         signal.pause()
+
+
+class CrashingOnceDriver(FakeDriver):
+    """Brings a process back and takes its own with it, once; CRASHED is a file that says that it has."""
+
+    def restore(self, pid: int, pairs: Sequence[tuple[str, str]] = ()) -> None:
+        super().restore(pid, pairs)
+        crashed = os.environ["CRASHED"]
+        if not os.path.exists(crashed):
+            with open(crashed, "w") as file:
+                json.dump(pairs, file)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def state(self, pid: int) -> int:
+        if os.path.exists(os.environ["CRASHED"]):
+            self.states.setdefault(pid, State.LOCKED)
+        return super().state(pid)
 
 
 class CrashingDriver(FakeDriver):
@@ -121,12 +147,14 @@ def tier() -> Checkpointer:
         raise CudaUnavailable("there is no CUDA driver here")
     if scenario.get("hangs_at_start"):
         signal.pause()
-    kind = {"hangs": HangingDriver, "crashes": CrashingDriver}.get(scenario.get("kind", ""), FakeDriver)
-    driver = kind(fails=scenario.get("fails", {}))
+    kind = {"hangs": HangingDriver, "crashes": CrashingDriver, "crashes once": CrashingOnceDriver}.get(
+        scenario.get("kind", ""), FakeDriver
+    )
+    driver = kind(fails=scenario.get("fails", {}), cuda=scenario.get("cuda", 13000))
     held = {int(pid): sizes for pid, sizes in scenario.get("held", {}).items()}
     if scenario.get("noise"):
         print("the driver prints this on stdout", flush=True)
-    return Checkpointer(driver, FakeMemory(driver, held))
+    return Checkpointer(driver, FakeMemory(driver, held, others=scenario.get("others", {})))
 
 
 def real_calls() -> Checkpointer:

@@ -13,8 +13,21 @@ from test_broker_core import CAPACITY, Histories, Program
 from acb.broker.core import Broker, Gpu
 from acb.broker.migration import gpu_map
 from acb.broker.policies import POLICIES
-from acb.broker.state import Resume
-from acb.protocol import VERSION, Grant, Hello, Message, Refused, Request, Revoke, Uncontended, Yield
+from acb.broker.state import Resume, Suspend
+from acb.protocol import (
+    VERSION,
+    Evacuate,
+    Evacuated,
+    Grant,
+    Hello,
+    Message,
+    Refused,
+    Request,
+    Restored,
+    Revoke,
+    Uncontended,
+    Yield,
+)
 
 
 class Node:
@@ -154,6 +167,25 @@ def test_memory_that_is_lost_on_the_way_keeps_nobody_out() -> None:
     [(refused, refusal)] = node.resumed("it is failed", lost=True)
     assert (refused, type(refusal)) == (1, Refused)
     assert node.broker.gpus[1].in_use == 0
+
+
+def test_what_its_framework_has_evacuated_comes_back_there_too() -> None:
+    broker = Broker([Gpu(n, CAPACITY, f"GPU-{name}", kind="H100") for n, name in enumerate("ab")], POLICIES["fifo"]())
+    broker.driver_tier(True, 0.0, migrates=True)
+    broker.handle(1, Hello(VERSION, 101, "first", gpu=0, memory_hint=600), 0.0)
+    broker.handle(1, Request(), 0.0)
+    broker.handle(1, Yield(600, 600), 1.0)
+    broker.handle(2, Hello(VERSION, 102, "large", gpu=0, memory_hint=CAPACITY), 1.0)
+    assert broker.handle(2, Request(), 1.0) == [(1, Evacuate())]
+    assert broker.handle(1, Evacuated(50, 550, 0.1), 1.1) == [(1, Suspend())]
+    broker.suspended(1, "", 0.1, 1.2)
+    assert broker.handle(1, Request(), 2.0) == [THERE]
+    [(_, grant)] = broker.resumed(1, "", 2.1)
+    assert grant == Grant(1, "GPU-b", 660)
+    assert (broker.clients[1].state, broker.clients[1].resident) == ("restoring", 50)
+    broker.handle(1, Restored(600, 550, 0.1), 2.2)
+    broker.check()
+    assert (broker.clients[1].state, broker.clients[1].resident) == ("running", 600)
 
 
 def test_one_that_dies_on_the_way_leaves_both_gpus() -> None:

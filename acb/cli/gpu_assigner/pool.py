@@ -55,7 +55,7 @@ class Pool:
     def driver_tier(self, choice: str, journal: Journal) -> DriverTier | None:
         """What has the driver move memory, as ``--driver-tier`` has it: ``auto``, ``on`` or ``off``."""
         if self.cards:
-            return DriverTier(journal, SIMULATED_TIER, self.environment) if choice == "on" else None
+            return DriverTier(journal, SIMULATED_TIER, self.environment, migrates=True) if choice == "on" else None
         major = (self.driver_version or "").partition(".")[0]
         branch = int(major) if major.isdigit() else 0
         if choice == "on" or (choice == "auto" and branch >= CHECKPOINT_SINCE):
@@ -141,7 +141,7 @@ def simulated(spec: SimulatedSpec, chosen: Sequence[str] | None) -> Pool:
             shutil.rmtree(directory, ignore_errors=True)
         raise ConfigError(f"cannot make the simulated GPUs in {directory}: {error}", EX_CANTCREAT) from None
     return Pool(
-        [Gpu(n, spec.capacities[n], str(n)) for n in picked],
+        [Gpu(n, spec.capacities[n], str(n), kind="simulated") for n in picked],
         describe_simulated(spec.capacities[n] for n in picked),
         cards,
         {"ACB_SIMULATED": str(directory)},
