@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
+import pytest
 from broker_harness import MIB, Program, Site, wait_until
 
 
@@ -128,8 +129,8 @@ def test_a_suspended_program_that_is_blocked_and_cannot_ask_gets_its_lease(site:
         assert program.finish() == 0, program.errors
 
 
-def test_a_suspended_program_whose_gpu_is_taken_goes_on_on_another(site: Site) -> None:
-    site.start("2x64MiB", "--driver-tier", "on")
+def suspended_on_a_gpu_that_is_taken(site: Site) -> tuple[Program, Program]:
+    """A program that the driver has moved off the first GPU, and the one that holds that; the second one is free."""
     held, first = immovable(site), site.program()
     first.do("enter")  # on the other GPU
     holder = site.program()
@@ -137,6 +138,12 @@ def test_a_suspended_program_whose_gpu_is_taken_goes_on_on_another(site: Site) -
     assert [program.do("facts")["gpu"] for program in (held, first, holder)] == [0, 1, 0]
     assert suspended(site, held)
     assert first.finish() == 0
+    return held, holder
+
+
+def test_a_suspended_program_whose_gpu_is_taken_goes_on_on_another(site: Site) -> None:
+    site.start("2x64MiB", "--driver-tier", "on")
+    held, holder = suspended_on_a_gpu_that_is_taken(site)
     held.do("enter")
     assert held.do("facts")["gpu"] == 1
     held.do("operate")
@@ -153,6 +160,29 @@ def test_a_suspended_program_whose_gpu_is_taken_goes_on_on_another(site: Site) -
         assert program.finish() == 0, program.errors
     with site.card(0) as old, site.card(1) as new:
         assert (old.used(), new.used()) == (0, 0)
+
+
+@pytest.mark.parametrize("helper_too", [False, True])
+def test_when_the_broker_dies_on_the_way_the_next_one_goes_on_with_the_same_gpu(site: Site, helper_too: bool) -> None:
+    gpus = "2x64MiB,bandwidth=20MiB"  # two seconds each way
+    broker = site.start(gpus, "--driver-tier", "on")
+    held, holder = suspended_on_a_gpu_that_is_taken(site)
+    held.begin("enter")
+    with site.card(1) as new:
+        wait_until("its memory to come back on the other GPU", lambda: new.held(held.pid))
+    helpers = site.children(broker)
+    site.kill_broker(signal.SIGKILL)
+    for helper in helpers if helper_too else []:
+        os.kill(helper, signal.SIGKILL)  # and nobody unlocks it
+    site.start(gpus, "--driver-tier", "on")
+    held.end("enter")
+    assert held.do("facts")["gpu"] == 1
+    held.do("operate")
+    assert site.client(holder)["gpu"] == 0
+    held.do("leave")
+    assert site.violations() == []
+    for program in (held, holder):
+        assert program.finish() == 0, program.errors
 
 
 def test_without_it_such_a_program_keeps_others_out_of_what_it_holds(site: Site) -> None:
