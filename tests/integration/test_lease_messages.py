@@ -19,6 +19,8 @@ from acb.protocol import (
     Grant,
     Hello,
     MoreRoom,
+    Ping,
+    Pong,
     Refused,
     Request,
     Restored,
@@ -449,3 +451,53 @@ def test_a_program_ends_while_it_waits_for_the_lease(site: Site, broker: FakeBro
     broker.send(Welcome(VERSION, 1))
     assert broker.receive() == Request()
     assert program.finish() == 0
+
+
+def test_a_program_that_can_run_answers_a_ping_with_and_without_the_lease(site: Site, broker: FakeBroker) -> None:
+    program = granted(site, broker)
+    broker.send(Ping())
+    assert broker.receive() == Pong()
+    broker.send(Revoke(0.0))
+    assert isinstance(broker.receive(), Yield)
+    broker.send(Ping())
+    assert broker.receive() == Pong()
+    program.begin("enter")
+    assert broker.receive() == Request()
+    broker.send(Ping())  # while a thread waits for the grant, and reads the socket itself
+    assert broker.receive() == Pong()
+    broker.send(GRANT)
+    program.end("enter")
+    broker.send(Ping())
+    assert broker.receive() == Pong()
+    program.do("leave")
+    assert program.finish() == 0, program.errors
+
+
+def test_a_lease_that_nobody_asked_for_is_given_back_like_any_other(site: Site, broker: FakeBroker) -> None:
+    """As after a mistake about a program that seemed to be blocked in the driver."""
+    program = evacuated(site, broker)
+    broker.send(GRANT)
+    assert isinstance(broker.receive(), Restored)
+    broker.send(Revoke(0.0))
+    yielded = broker.receive()
+    assert isinstance(yielded, Yield)
+    assert (yielded.resident, yielded.wants) == (10 * MIB, False)
+    program.begin("enter")
+    assert broker.receive() == Request()
+    broker.send(GRANT)
+    program.end("enter")
+    program.do("operate")
+    program.do("leave")
+    assert program.finish() == 0, program.errors
+
+
+@pytest.mark.parametrize(("setting", "gpu", "chosen"), [("1", 1, True), ("0,1", -1, False), (None, -1, False)])
+def test_the_hello_says_whether_the_user_has_chosen_the_gpu(
+    site: Site, broker: FakeBroker, setting: str | None, gpu: int, chosen: bool
+) -> None:
+    program = site.program(
+        ACB_SIMULATED=None, ACB_DEVICES="0=GPU-aaaa,1=GPU-bbbb", CUDA_VISIBLE_DEVICES=setting, ACB_QUIET="1"
+    )
+    program.begin("enter")
+    meet(broker, gpu=gpu, chosen=chosen)
+    program.kill()

@@ -11,6 +11,7 @@ from hypothesis.stateful import initialize, rule
 from test_broker_core import CAPACITY, Histories, Program
 
 from acb.broker.core import Broker, Gpu
+from acb.broker.meter import Meter
 from acb.broker.migration import gpu_map
 from acb.broker.policies import POLICIES
 from acb.broker.state import Resume, Suspend
@@ -217,6 +218,18 @@ def test_what_the_next_broker_could_not_finish_either_waits_where_it_was() -> No
     node.ask()
     node.resumed("there is no room", kept=True)
     assert node.yields(2, 3.0) == [(1, Resume())]
+
+
+def test_the_meter_looks_for_it_on_its_new_gpu() -> None:
+    node = Node()
+    node.ask()
+    node.resumed()
+    node.yields(1, 3.0, Yield(600, 600))
+    meter = Meter({"GPU-a": {102: 300}, "GPU-b": {101: 650}}.__getitem__)
+    assert list(meter.look(node.broker.gpus, 4.0)) == [(1, 650)]
+    node.broker.observed(1, 650, 4.0)
+    assert [gpu.in_use for gpu in node.broker.gpus] == [CAPACITY, 650]
+    node.broker.check()
 
 
 @pytest.mark.parametrize(
