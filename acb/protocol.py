@@ -96,7 +96,8 @@ class Yield(Message):
 class Evacuated(Message):
     """Answer to Evacuate: `resident` bytes are left on the GPU, `moved` are in host memory, after `seconds`.
 
-    A refusal has `moved` 0 and a `reason`; the client then keeps what it has (the hold tier).
+    With `more`, one piece is gone, and others follow; `moved` and `seconds` are each piece's own. A refusal has a
+    `reason`; the client then keeps what it still has (the hold tier).
     """
 
     type: ClassVar[str] = "evacuated"
@@ -104,6 +105,7 @@ class Evacuated(Message):
     moved: int = 0
     seconds: float = 0.0
     reason: str = ""
+    more: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +173,8 @@ class Grant(Message):
     """The lease of GPU `gpu` (of the name `visible` to CUDA_VISIBLE_DEVICES), with room for `headroom` bytes in all.
 
     `gpus`: the ordinals, separated by commas, of all GPUs that the process is to see, in the order of `visible`, when
-    they are more than one: those of a client of several GPUs, or of its gang.
+    they are more than one: those of a client of several GPUs, or of its gang. `coming`: so many bytes more of headroom
+    follow, with Headroom; until then the client may bring its memory back, as far as there is room, but not run.
     """
 
     type: ClassVar[str] = "grant"
@@ -179,6 +182,16 @@ class Grant(Message):
     visible: str
     headroom: int
     gpus: str = ""
+    coming: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Headroom(Message):
+    """More of the room that was `coming` with a Grant is there: `headroom` bytes in all, and so many still `coming`."""
+
+    type: ClassVar[str] = "headroom"
+    headroom: int
+    coming: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,9 +209,14 @@ class Revoke(Message):
 
 @dataclass(frozen=True, slots=True)
 class Evacuate(Message):
-    """Move the memory of this client, which holds no lease, to host memory; answered with Evacuated."""
+    """Move the memory of this client, which holds no lease, to host memory; answered with Evacuated.
+
+    `piece`: somebody waits to bring his own memory back: say so whenever about so many bytes are free; 0: only at the
+    end.
+    """
 
     type: ClassVar[str] = "evacuate"
+    piece: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +266,7 @@ _TYPES: dict[str, type[Message]] = {
     cls.type: cls
     for cls in (
         Hello, Request, Yield, Evacuated, Restored, Holds, MoreRoom, AskStatus, AskStop,
-        Welcome, Grant, Revoke, Evacuate, Uncontended, Room, Refused, Status, Goodbye,
+        Welcome, Grant, Headroom, Revoke, Evacuate, Uncontended, Room, Refused, Status, Goodbye,
     )
 }  # fmt: skip
 _INT_MAX = 1 << 62

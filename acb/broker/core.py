@@ -166,6 +166,7 @@ class Broker:
             elif lost:
                 client.refusal = f"the driver cannot bring back the memory of process {client.pid}: {problem}"
                 client.resuming = client.lease = False
+                client.promised = 0
                 for gpu in client.gpus:
                     gpu.holders.discard(client.id)
                 self._room.settle(client)
@@ -360,7 +361,8 @@ class Broker:
         for gpu in client.gpus:
             gpu.holders.discard(client.id)
         client.lease = client.revoked = False
-        client.headroom, client.need, client.yielded_at, client.gap = 0, 0, now, not message.wants
+        client.headroom, client.need, client.promised = 0, 0, 0
+        client.yielded_at, client.gap = now, not message.wants
         client.driver_problem = ""  # that was then
         self._room.cannot_move(client, "")
         lease = now - client.started_at
@@ -401,15 +403,16 @@ class Broker:
             self._wait(client, now)
 
     def _evacuated(self, client: Client, message: Evacuated, now: float) -> None:
-        if not client.evacuating:
+        if not client.evacuating or client.suspending:
             return
-        client.evacuating = False
         client.resident = min(client.resident, max(0, message.resident))
         capacity = min(gpu.capacity for gpu in client.gpus)
         client.evacuated = min(capacity, client.evacuated + max(0, message.moved))
-        self._room.cannot_move(client, message.reason)
-        client.emptied = not message.reason
-        client.evacuation_seconds = max(0.0, message.seconds)
+        client.evacuation_seconds += max(0.0, message.seconds)
+        client.evacuating = client.in_pieces = message.more
+        if not message.more:
+            self._room.cannot_move(client, message.reason)
+            client.emptied = not message.reason
         self._room.settle(client)
         self.scheduler.requeue(client.unit, now)
         self.scheduler.touch(*client.gpus)
@@ -421,6 +424,7 @@ class Broker:
         client.evacuated = 0
         client.started_at = now
         client.profile.swapped(message.moved, client.evacuation_seconds + max(0.0, message.seconds))
+        client.evacuation_seconds = 0.0
         self.scheduler.touch(*client.gpus, *self._room.host_memory_freed())
 
     def _holds(self, client: Client, message: Holds, now: float) -> None:

@@ -2,8 +2,9 @@
 
 - a GPU never has more units running than slots, and a unit runs on all its GPUs or on none;
 - what holders may use (their headroom) and what others still have there (their resident bytes) fit its capacity;
-- nobody is granted while an evacuation that its room needs is under way (follows from the one above, since memory
-  counts as resident until its evacuation is acknowledged);
+- nobody runs while an evacuation that its room needs is under way (follows from the one above, since memory counts as
+  resident until its evacuation is acknowledged); whoever has the lease earlier, to bring its memory back piece by piece,
+  waits for an evacuation that is under way;
 - every request is granted, refused, or its client is gone: a unit with a waiting member is in the line of each of its
   GPUs, and whenever somebody waits, something is under way that will let him in (a revoked holder, an evacuation,
   somebody before him) or a client that cannot be moved keeps the room;
@@ -31,6 +32,10 @@ def check(broker: Broker) -> None:
             _gpu(gpu, broker)
         for client in broker.clients.values():
             _client(client)
+            if client.promised and not broker.recovering:
+                assert any(_moves(gpu, client) for gpu in client.gpus), (
+                    f"nothing comes that client {client.id} waits for"
+                )
             if client.waiting and not broker.recovering:
                 assert _progress(client, broker), f"client {client.id} waits for nothing"
     except AssertionError as error:
@@ -65,6 +70,9 @@ def _client(client: Client) -> None:
     assert not (client.lease and client.waiting), "waits for what it holds"
     assert not client.suspended or not client.resident, "memory that the driver has moved is counted on the GPU"
     assert not (client.suspended and client.lease) or client.resuming, "a suspended client runs"
+    assert not client.in_pieces or client.evacuating, "is done, and still evacuates"
+    assert not client.promised or client.lease, "was promised room without a lease"
+    assert not client.promised or client.promised > client.headroom, "was promised what it has"
     assert not client.room_wanted or client.lease, "wants room without a lease"
     assert not client.waiting or client.unit.queued or client.unit.active, "waits in no line"
     assert not (client.unit.queued and client.unit.active), "waits in line and runs"

@@ -95,6 +95,8 @@ class Client:
     waiting: bool = False
     need: int = 0
     headroom: int = 0
+    promised: int = 0
+    """Bytes of headroom that it is to have before it runs, and that others are just leaving; 0: it has what it gets."""
     resident: int = 0
     evacuated: int = 0
     peak: int = 0
@@ -105,6 +107,8 @@ class Client:
     booked: tuple[int, int, int] = (0, 0, 0)
     """What it counts for in its GPUs' in_use, left_behind and unmovable."""
     evacuating: bool = False
+    in_pieces: bool = False
+    """It is evacuating, and has said that a part is gone."""
     emptied: bool = False
     """What it still has on the GPU is what evacuating leaves."""
     revoked: bool = False
