@@ -3,7 +3,7 @@
 - a GPU never has more units running than slots, and a unit runs on all its GPUs or on none;
 - what holders may use (their headroom) and what others still have there (their resident bytes) fit its capacity;
 - nobody runs while an evacuation that its room needs is under way (follows from the one above, since memory counts as
-  resident until its evacuation is acknowledged); whoever has the lease earlier, to bring its memory back piece by piece,
+  resident until its evacuation is acknowledged); who has the lease earlier, to bring its memory back piece by piece,
   waits for an evacuation that is under way;
 - every request is granted, refused, or its client is gone: a unit with a waiting member is in the line of each of its
   GPUs, and whenever somebody waits, something is under way that will let him in (a revoked holder, an evacuation,

@@ -22,7 +22,7 @@ PIECES = 8
 out and then in would take, nine sixteenths are left."""
 
 MIN_PIECE, MAX_PIECE = 64 << 20, 1 << 30
-"""Bytes: each piece costs some milliseconds on its own, to wait for the copies and to give memory back to the driver."""
+"""Bytes: each piece costs some milliseconds by itself, to wait for its copies and to give memory back to the driver."""
 
 
 class Room:

@@ -22,7 +22,7 @@ from acb import config
 from acb.client import visible, wishes
 from acb.client.connection import OUTAGE, Connection
 from acb.client.gate import LONG_GAP
-from acb.client.memory import Memory
+from acb.client.memory import Memory, Moved
 from acb.client.phases import MAX_LINGER, MIN_LINGER, choose_linger
 from acb.client.trace import Trace
 from acb.protocol import (
@@ -31,6 +31,7 @@ from acb.protocol import (
     Evacuated,
     Goodbye,
     Grant,
+    Headroom,
     Hello,
     Holds,
     Message,
@@ -93,6 +94,7 @@ class Agent:
         self._wanted = False
         self._need = 0
         self._headroom = 0
+        self._coming = 0  # bytes of headroom that are still to come; until then memory may come back, but nothing run
         self._revoked = False
         self._swap_expected = -1.0  # what the broker expects yielding to cost, in seconds; -1: it does not know
         self._preempt_at = 0.0
@@ -105,7 +107,8 @@ class Agent:
         self._room_due = 0  # questions for more room that the broker has not answered
         self._room_changed = threading.Condition(self._lock)
         self._asking_room = threading.RLock()  # one thread at a time: an answer does not say whose it is
-        self._evacuation_due = False  # asked for while a thread was inside
+        self._evacuation_due = False  # asked for, perhaps while a thread was inside
+        self._piece = 0  # bytes of which the broker wants to know when they are gone
         self._alone = False  # the program goes on without a broker, for good
         self._said: Holds | None = None
         self._say_at = 0.0
@@ -357,7 +360,7 @@ class Agent:
     def lost(self) -> None:
         """The broker is gone: keep what is held; whoever waits goes on waiting."""
         self._requested = self._evacuation_due = False
-        self._room_due = 0
+        self._room_due = self._coming = 0
         self._room_changed.notify_all()
         if self.lease and self._revoked:
             self._revoked = False
@@ -370,7 +373,9 @@ class Agent:
         elif isinstance(message, Revoke):
             self._revoke(message)
         elif isinstance(message, Evacuate):
-            self._evacuation_due = True  # _consider() sees to it as soon as no thread is inside
+            self._evacuation_due, self._piece = True, message.piece  # as soon as no thread is inside
+        elif isinstance(message, Headroom):
+            self._more_has_come(message)
         elif isinstance(message, Uncontended):
             if self.lease and self._revoked:
                 self._revoked = False
@@ -422,7 +427,7 @@ class Agent:
             self._connection.send(Request(self._need))
 
     def _granted(self, grant: Grant) -> None:
-        self.gpu, self._headroom = grant.gpu, grant.headroom
+        self.gpu, self._headroom, self._coming = grant.gpu, grant.headroom, grant.coming
         self.gpus = tuple(map(int, grant.gpus.split(","))) if grant.gpus else (grant.gpu,)
         self.lease, self._requested, self._revoked = True, False, False
         self._memory.granted()
@@ -430,7 +435,7 @@ class Agent:
         self._say_at = time.monotonic() + HEARTBEAT
         if not self._simulated and grant.visible:
             visible.bind(grant.visible)  # without effect, and without harm, once CUDA has started
-        if self._memory.evacuated:
+        if self._memory.evacuated or self._coming:
             self._restore()
         else:
             self._run_on()
@@ -443,19 +448,31 @@ class Agent:
         self.gate.open(watched=self._revoked or self._trace.enabled)
 
     def _restore(self) -> None:
-        """Bring all memory back, then let the program in; without room for it, ask for some and try again."""
+        """Bring all memory back, then let the program in; without room for it, ask for some and try again.
+
+        While others are still leaving the GPU, as much of it as has room.
+        """
         memory = self._memory
         if not memory.unrestored:
             self._trace.change("restoring", "granted", gpu=self.gpu, bytes=memory.evacuated)
         try:
-            moved = memory.restore()
+            moved = memory.restore(max(0, self._headroom - memory.resident()) if self._coming else None)
         except MemoryError:
-            if self._connection.welcomed:  # have the broker make room
+            if self._connection.welcomed and not self._coming:  # have the broker make room
                 self._room_due += 1
                 self._connection.send(MoreRoom(memory.resident(), memory.evacuated))
             return
+        if self._coming:
+            return
         self._run_on()
         self._connection.send(Restored(memory.resident(), moved.nbytes, moved.seconds))
+
+    def _more_has_come(self, message: Headroom) -> None:
+        if not self.lease:
+            return  # it crossed our Yield
+        self._headroom, self._coming = message.headroom, message.coming
+        if self._memory.unrestored:
+            self._restore()
 
     def _room_answered(self, message: Room) -> None:
         self._room_due = max(0, self._room_due - 1)
@@ -479,11 +496,17 @@ class Agent:
         self._evacuation_due = False
         memory = self._memory
         self._trace.change("evacuating", "another client needs the room", bytes=memory.resident())
-        moved = memory.evacuate()
+
+        def gone(moved: Moved) -> None:
+            self._connection.send(Evacuated(memory.resident(), moved.nbytes, moved.seconds, more=True))
+
+        before, begun = memory.evacuated, time.monotonic()
+        moved = memory.evacuate(self._piece, gone)
         left = memory.resident()
         self._trace.change(
-            "waiting" if self._wanted else "evacuated" if moved.nbytes or not left else "resident",
-            moved.reason or "evacuated", bytes=moved.nbytes, left=left, seconds=round(moved.seconds, 6),
+            "waiting" if self._wanted else "evacuated" if memory.evacuated > before or not left else "resident",
+            moved.reason or "evacuated", bytes=memory.evacuated - before, left=left,
+            seconds=round(time.monotonic() - begun, 6),
         )  # fmt: skip
         self._connection.send(Evacuated(left, moved.nbytes, moved.seconds, moved.reason[:1000]))
 
@@ -547,6 +570,7 @@ class Agent:
         resident = self._memory.resident()
         phase = self.gate.last_exit - self.gate.phase_began
         self.lease = self._revoked = self._closing = self._memory.unrestored = False
+        self._coming = 0
         self._memory.swap.yielded()
         self._requested = wants
         self._trace.change("waiting" if wants else "resident" if resident else "detached", cause, bytes=resident)
@@ -554,6 +578,13 @@ class Agent:
 
     def _consider_restoring(self, now: float) -> float | None:
         """The lease is held, but memory must come back first and there was no room for it."""
+        if self._coming:
+            if not self._revoked:
+                return None  # there is more with each Headroom
+            if now < self._preempt_at:
+                return self._preempt_at - now
+            self._give_up("preempted after its quantum", wants=True)
+            return None
         if self._room_due:
             return None  # the broker makes room
         if now >= self._memory.restore_at:

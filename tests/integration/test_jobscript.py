@@ -28,14 +28,17 @@ class Memory:
     def peak(self): return self.held
     def reset_peak(self): pass
 
-    def evacuate(self):
+    def evacuation(self, piece=0):
+        yield 0
         moved, self.held = self.held, 0
         card.free(moved)
         card.held()  # the others may see it now
         self.away += moved
-        return moved
+        yield moved
 
-    def restore(self):
+    def restore(self, limit=None):
+        if limit is not None and self.away > limit:
+            return 0
         try:
             card.allocate(self.away)
         except CardOutOfMemory as error:

@@ -272,6 +272,42 @@ def test_no_room_to_restore_keeps_the_rest_in_host_memory(
     assert evacuator.restore() == 0
 
 
+@given(
+    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=8),
+    aliased=st.sets(st.integers(0, 7)),
+    piece=st.integers(1, 500),
+    limits=st.lists(st.integers(0, 500), max_size=6),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_arrays_leave_and_come_back_in_pieces(
+    evacuator: evacuation.JaxEvacuator, sizes: list[int], aliased: set[int], piece: int, limits: list[int]
+) -> None:
+    gc.collect()
+    elsewhere = evacuator._live()
+    arrays = [jnp.arange(size, dtype=jnp.float32) for size in sizes]
+    arrays += [arrays[number].addressable_data(0) for number in aliased if number < len(sizes)]
+    before = [describe(array) for array in arrays]
+    steps = evacuator.evacuation(piece)
+    assert next(steps) == 0
+    assert not any(map(gone, arrays))
+    total = 0
+    for moved in steps:
+        total += moved
+        away = {id(array) for array in arrays if gone(array)}
+        for number in aliased & set(range(len(sizes))):
+            alias = arrays[len(sizes) + sorted(n for n in aliased if n < len(sizes)).index(number)]
+            assert (id(arrays[number]) in away) == (id(alias) in away), "an alias was left behind"
+    assert all(map(gone, arrays))
+    back = 0
+    for limit in [*limits, None]:
+        moved = evacuator.restore(limit)
+        back += moved
+        assert limit is None or moved <= limit
+    assert back == total >= 4 * sum(sizes)
+    assert [describe(array) for array in arrays] == before
+    del elsewhere
+
+
 def test_an_array_whose_address_is_known_is_not_moved(evacuator: evacuation.JaxEvacuator) -> None:
     array = jnp.ones(3)
     evacuator.pin(array)

@@ -50,7 +50,7 @@ class Moving:
         def work() -> dict[str, Any]:
             begun = time.perf_counter()
             try:
-                moved = evacuate_all(self.evacuators())
+                moved = sum(evacuate_all(self.evacuators()))
             except EvacuationError as error:
                 return {"refused": str(error)}
             return {"moved": moved, "seconds": time.perf_counter() - begun}
