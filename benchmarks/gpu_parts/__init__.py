@@ -33,4 +33,5 @@ PARTS = {
     "torch": Entry("framework", "framework tier, PyTorch: content, memory, bandwidth", ("torch",), 60, 20),
     "jax": Entry("framework", "framework tier, JAX: content, memory, bandwidth", ("jax",), 50, 20),
     "experiment": Entry("experiment", "folding jobs: one after the other, at once, with acb", FOLD, 170, 60),
+    "handover": Entry("handover", "hand-overs between two programs: that fit, that do not", (), 60, 15),
 }  # fmt: skip
