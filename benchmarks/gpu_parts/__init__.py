@@ -34,4 +34,5 @@ PARTS = {
     "jax": Entry("framework", "framework tier, JAX: content, memory, bandwidth", ("jax",), 50, 20),
     "experiment": Entry("experiment", "folding jobs: one after the other, at once, with acb", FOLD, 170, 60),
     "handover": Entry("handover", "hand-overs between two programs: that fit, that do not", (), 60, 15),
+    "overhead": Entry("overhead", "what the hooks cost an undisturbed program", (), 60, 15),
 }  # fmt: skip

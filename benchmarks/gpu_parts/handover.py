@@ -42,7 +42,9 @@ def run(part: Part) -> None:
     if large:
         data_moves(part, large, 3 if quick else 6)
     else:
-        part.skip("hand-overs with copying", "the GPU or the host has too little memory for it to be more than a context")
+        part.skip(
+            "hand-overs with copying", "the GPU or the host has too little memory for it to be more than a context"
+        )
 
 
 def _large(part: Part) -> int:

@@ -1,6 +1,6 @@
 """One of the two processes of benchmarks.handover, with data of its own on the GPU.
 
-``handover_peer.py SOCKET NUMBER ROUNDS BYTES MEMORY WARM_UP RESTED``: it holds so many bytes; each phase asks for MEMORY.
+``handover_peer.py SOCKET NUMBER ROUNDS BYTES MEMORY WARM_UP RESTED``: it holds BYTES, and each phase asks for MEMORY.
 """
 
 from __future__ import annotations
