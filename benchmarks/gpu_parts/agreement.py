@@ -28,7 +28,7 @@ def structures(one: Files, other: Files) -> float | None:
     """
     if one == other and one:
         return 0.0
-    if one.keys() != other.keys():
+    if not one or one.keys() != other.keys():
         return None
     for name, content in one.items():
         mine, theirs = content.splitlines(), other[name].splitlines()
