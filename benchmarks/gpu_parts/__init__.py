@@ -34,8 +34,8 @@ PARTS = {
     "experiment": Entry("experiment", "folding jobs: one after the other, at once, with acb", FOLD, 170, 60),
     "torch": Entry("framework", "framework tier, PyTorch: content, memory, bandwidth", ("torch",), 60, 20),
     "jax": Entry("framework", "framework tier, JAX: content, memory, bandwidth", ("jax",), 50, 20),
-    "workloads": Entry("workloads", "four different programs at once, and each alone", (), 110, 50),
+    "workloads": Entry("workloads", "four different programs at once, and each alone", (), 130, 50),
     "handover": Entry("handover", "hand-overs between two programs: that fit, that do not", (), 50, 15),
     "overhead": Entry("overhead", "what the hooks cost an undisturbed program", (), 50, 15),
-    "video": Entry("video", "two video streams on one GPU", VIDEO, 60, 30),
+    "video": Entry("video", "two video streams on one GPU", VIDEO, 80, 30),
 }
