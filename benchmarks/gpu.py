@@ -1,4 +1,4 @@
-"""Does acb keep its promises on a real GPU? Its memory moved and back, its bandwidth, and folding jobs at once.
+"""Does acb keep its promises on a real GPU? What moving memory, handing over and the hooks cost; programs at once.
 
     python -m benchmarks.gpu [--out DIR] [--only PART,…] [--quick] [--simulate]
 

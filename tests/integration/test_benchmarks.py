@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from benchmarks.gpu_parts import PARTS
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -124,19 +128,58 @@ def test_the_gpu_benchmark_says_what_is_missing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     [file] = tmp_path.glob("gpu-*.json")
     parts = json.loads(file.read_text())["parts"]
-    assert set(parts) == {"torch", "jax", "experiment"}
+    assert list(parts) == list(PARTS)
     assert {part["status"] for part in parts.values()} == {"skipped"}
     assert all(part["reason"] for part in parts.values())
 
 
-def test_the_gpu_benchmark_on_a_simulated_gpu_finds_nothing_wrong(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu", "--simulate", "--quick", "--out", str(tmp_path)]
-    done = subprocess.run([*command, "--only", "torch,jax"], cwd=ROOT, capture_output=True, text=True, timeout=110)
+def on_a_simulated_gpu(tmp_path: Path, only: str) -> dict[str, dict[str, Any]]:
+    """What a quick run of some parts writes to its JSON file, none of which may have failed."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--simulate", "--quick", "--out", str(tmp_path), "--only", only]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "simulated" in done.stdout
     [file] = tmp_path.glob("gpu-*.json")
-    figures = json.loads(file.read_text())
+    figures: dict[str, Any] = json.loads(file.read_text())
     assert figures["simulated"] is True
-    for part in figures["parts"].values():
+    parts: dict[str, dict[str, Any]] = figures["parts"]
+    assert list(parts) == only.split(",")
+    for part in parts.values():
         assert part["status"] == "done", part
+        assert "failed" not in {row["kind"] for row in part["rows"]}
+    return parts
+
+
+def test_the_gpu_benchmark_on_a_simulated_gpu_finds_nothing_wrong(tmp_path: Path) -> None:
+    for part in on_a_simulated_gpu(tmp_path, "torch,jax").values():
         assert {row["kind"] for row in part["rows"]} == {"measured", "passed"}
+
+
+def test_the_gpu_benchmark_hands_over_with_and_without_copying(tmp_path: Path) -> None:
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("not installed: torch")
+    part = on_a_simulated_gpu(tmp_path, "handover")["handover"]
+    assert {row["kind"] for row in part["rows"]} == {"measured", "passed"}
+    alone, stays, moves = (part["figures"][name] for name in ("lease alone", "data stays", "data moves"))
+    for figures in (alone, stays):
+        assert figures["ratio"] == figures["handover_us"] / figures["roundtrip_us"]
+        assert figures["handover_percentiles_us"]["p50"] <= figures["handover_percentiles_us"]["p90"]
+    assert stays["evacuations"] == 0
+    assert moves["evacuations"] >= len(moves["seconds"]) > 3
+    assert moves["ratio"] > 0
+
+
+def test_the_gpu_benchmark_weighs_the_hooks(tmp_path: Path) -> None:
+    part = on_a_simulated_gpu(tmp_path, "overhead")["overhead"]
+    for framework, count in (("torch", 2), ("jax", 2)):
+        if importlib.util.find_spec(framework) is None:
+            assert [row["remark"] for row in part["rows"] if row["question"] == framework] == [
+                f"not installed: {framework}"
+            ]
+            continue
+        name = "PyTorch" if framework == "torch" else "JAX"
+        found = [figures for question, figures in part["figures"].items() if name in question]
+        assert len(found) == count
+        for figures in found:
+            assert figures["overhead_low"] <= figures["overhead"] <= figures["overhead_high"]
+            assert figures["plain_us"] > 0
