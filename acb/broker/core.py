@@ -338,16 +338,23 @@ class Broker:
         if unit.gang:
             what += f", one of {unit.size} that run together,"
         if unit.size > len(self.gpus):
-            return f"{what} asks for {unit.size} GPUs at once, but the broker has {len(self.gpus)}"
+            return (
+                f"{what} asks for {unit.size} GPUs at once, but the broker has {len(self.gpus)}; "
+                f"{'start fewer' if unit.gang else 'ask for less'}, or start a broker with more"
+            )
         floor = self._room.floor(client)
         sizes = sorted((gpu.capacity for gpu in client.gpus or self.gpus), reverse=True)
         largest = sizes[(len(sizes) if client.gpus else unit.size) - 1]
         if floor <= largest:
             return ""
+        advice = "ask for less, or start a broker with larger ones"
         if unit.size > 1 and not client.gpus:
             size = format_size(floor)
-            return f"{what} asks for {size} on each of {unit.size} GPUs, but the broker has not so many so large"
-        return f"{what} asks for {format_size(floor)} of GPU memory, but the largest GPU has {format_size(largest)}"
+            return (
+                f"{what} asks for {size} on each of {unit.size} GPUs, but the broker has not so many so large; {advice}"
+            )
+        size = format_size(largest)
+        return f"{what} asks for {format_size(floor)} of GPU memory, but the largest GPU has {size}; {advice}"
 
     def _wait(self, client: Client, now: float) -> None:
         client.waiting, client.asked_at = True, now

@@ -24,6 +24,7 @@ from acb.client.connection import OUTAGE, Connection
 from acb.client.gate import LONG_GAP
 from acb.client.memory import Memory
 from acb.client.phases import MAX_LINGER, MIN_LINGER, choose_linger
+from acb.client.refusal import refused
 from acb.client.trace import Trace
 from acb.protocol import (
     VERSION,
@@ -119,16 +120,12 @@ class Agent:
         had."""
         with self._lock:
             if self._refusal:
-                from acb.client.runtime import LeaseRefused
-
                 reason, self._refusal, self._wanted, self._need = self._refusal, "", False, 0
-                raise LeaseRefused(reason)
+                raise refused(reason)
             if not self.gate.closed:
                 return  # it was opened while this thread waited for the lock
             if self._finishing:
-                from acb.client.runtime import LeaseRefused
-
-                raise LeaseRefused("the interpreter is ending: it is too late to get the GPU back")
+                raise refused("the interpreter is ending: it is too late to get the GPU back")
             if not self._wanted:
                 self._wanted = True
                 if not self.lease:
@@ -169,9 +166,7 @@ class Agent:
             missing = nbytes - self._memory.resident()
         reason = self._room_refused(missing)
         if reason:
-            from acb.client.runtime import LeaseRefused
-
-            raise LeaseRefused(reason)
+            raise refused(reason)
 
     def end_phase(self) -> None:
         """The program says that its phase is over: give the lease back at once if somebody waits for it."""
