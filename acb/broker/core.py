@@ -269,10 +269,10 @@ class Broker:
             unit = Unit(size, gang, min(1000, max(-1000, hello.priority)), weight)
             if gang:
                 self._gangs[gang] = unit
-        if gang and hello.count not in (1, hello.gang_size):
+        if gang and hello.count not in (0, hello.gang_size):
             client.refusal = (
                 f"process {client.pid} was started with --gpus {hello.count} and is one of {hello.gang_size} that run "
-                f"together; leave --gpus out, or make it {hello.gang_size}"
+                f"together, each on a GPU of its own; leave --gpus out, or make it {hello.gang_size}"
             )
         client.rank = hello.rank if gang else 0
         client.unit = unit

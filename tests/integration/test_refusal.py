@@ -19,12 +19,12 @@ def program(site: Site) -> Path:
     return site.log / "program.py"
 
 
-def launch(site: Site, program: Path, text: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run the text as one of a gang of four under acb-launch."""
+def launch(site: Site, program: Path, text: str, *options: str, size: str = "4") -> subprocess.CompletedProcess[str]:
+    """Run the text as one of a gang, of four, under acb-launch."""
     program.write_text(text)
     return subprocess.run(
         [sys.executable, "-m", "acb.launcher", "--broker", "require", *options, sys.executable, str(program)],
-        env=site.environment(**GANG, OMP_NUM_THREADS="1"),
+        env=site.environment(**GANG | {"LOCAL_WORLD_SIZE": size}, OMP_NUM_THREADS="1"),
         capture_output=True, text=True, timeout=4 * PATIENCE,
     )  # fmt: skip
 
@@ -56,6 +56,14 @@ def test_the_first_gpu_call_of_a_framework_ends_in_the_same_line(
     assert done.stderr.startswith("acb: process ")
     assert SENTENCE in done.stderr
     assert done.stderr.endswith(f"({program}, line 3)\n")
+
+
+@pytest.mark.parametrize(("gpus", "ends"), [("1", True), ("2", False)])
+def test_fewer_gpus_than_workers_is_a_contradiction(site: Site, program: Path, gpus: str, ends: bool) -> None:
+    done = launch(site, program, "import acb\nwith acb.gpu():\n    print('in')\n", "--gpus", gpus, size="2")
+    assert (done.returncode, done.stdout) == ((1, "") if ends else (0, "in\n"))
+    assert done.stderr.count("\n") == ends, done.stderr
+    assert ("started with --gpus 1 and is one of 2 that run together" in done.stderr) is ends
 
 
 def test_in_a_thread_it_is_one_line_too_and_the_program_goes_on(site: Site, program: Path) -> None:

@@ -164,10 +164,13 @@ def test_a_gang_too_large_for_enough_gpus_is_refused() -> None:
 
 
 def test_options_that_contradict_each_other_are_refused() -> None:
-    broker = _broker(4, member(0, size=2, count=4))
-    [(_, refused)] = broker.handle(1, Request(), 0.0)
-    assert isinstance(refused, Refused)
-    assert "--gpus 4" in refused.reason
+    for count in (4, 1):
+        broker = _broker(4, member(0, size=2, count=count))
+        [(_, refused)] = broker.handle(1, Request(), 0.0)
+        assert isinstance(refused, Refused)
+        assert f"--gpus {count}" in refused.reason
+    broker = _broker(4, member(0, size=2, count=2))
+    assert set(_grants(broker.handle(1, Request(), 0.0))) == {1}
 
 
 def test_a_new_broker_finds_a_gang_where_it_was() -> None:
