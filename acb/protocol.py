@@ -159,12 +159,16 @@ class AskStop(Message):
 
 @dataclass(frozen=True, slots=True)
 class Welcome(Message):
-    """Answer to Hello. Without `lease`, a client that said it holds one must stop at its gate and ask again."""
+    """Answer to Hello. Without `lease`, a client that said it holds one must stop at its gate and ask again.
+
+    `stranded`: why the client's requests will wait until there is another broker, in a sentence for a person.
+    """
 
     type: ClassVar[str] = "welcome"
     version: int
     client: int
     lease: bool = False
+    stranded: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from acb.broker import invariants
@@ -238,8 +239,12 @@ class Broker:
         client.came_at = client.yielded_at = now
         self.clients[client_id] = client
         self.recovering.discard(hello.pid)
+        missing = [n for n in _ordinals(hello) if n not in self._by_ordinal] if hello.gpu >= 0 else []
+        if missing:
+            client.stranded = self._stranded(client, missing)
+            hello = replace(hello, gang="")  # the others may still run together, without it
         self._join(client, hello, now)
-        gpus = [self._by_ordinal[n] for n in _ordinals(hello) if n in self._by_ordinal]
+        gpus = [] if missing else [self._by_ordinal[n] for n in _ordinals(hello) if n in self._by_ordinal]
         if not client.unit.gpus and len(gpus) == client.unit.size:
             self.scheduler.place(client.unit, gpus, bound=True)
         if client.gpus and hello.gpu >= 0:
@@ -248,7 +253,16 @@ class Broker:
             if hello.holding:
                 self.scheduler.resume(client, now)
         self.scheduler.touch(*client.gpus)
-        self._send(client_id, Welcome(VERSION, client_id, lease=client.lease))
+        self._send(client_id, Welcome(VERSION, client_id, lease=client.lease, stranded=client.stranded))
+
+    def _stranded(self, client: Client, missing: list[int]) -> str:
+        """What to tell a client that is bound to GPUs which are not lent: its memory is there, and it sees no other."""
+        which = "GPU " + " and ".join(map(str, missing))
+        needed = ",".join(str(n) for n in sorted({*self._by_ordinal, *missing}))
+        return (
+            f"process {client.pid} is bound to {which}, which this broker does not lend, and waits for one that does; "
+            f"run: gpu_assigner stop, then: gpu_assigner start, with --gpu-list {needed}"
+        )
 
     def _join(self, client: Client, hello: Hello, now: float) -> None:
         """Find the client's unit, or make it one."""
@@ -320,6 +334,9 @@ class Broker:
         if client.lease or client.waiting:
             return  # the client's thread was faster than the answer
         client.need = max(0, request.need)
+        if client.stranded:
+            client.waiting, client.asked_at = True, now  # in no line
+            return
         refusal = self._impossible(client)
         if refusal:
             self._send(client.id, Refused(refusal))

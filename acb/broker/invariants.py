@@ -4,9 +4,10 @@
 - what holders may use (their headroom) and what others still have there (their resident bytes) fit its capacity;
 - nobody is granted while an evacuation that its room needs is under way (follows from the one above, since memory
   counts as resident until its evacuation is acknowledged);
-- every request is granted, refused, or its client is gone: a unit with a waiting member is in the line of each of its
-  GPUs, and whenever somebody waits, something is under way that will let him in (a revoked holder, an evacuation,
-  somebody before him) or a client that cannot be moved keeps the room;
+- every request is granted, refused, or its client is gone, but for those that are bound to a GPU that is not lent: a
+  unit with a waiting member is in the line of each of its GPUs, and whenever somebody waits, something is under way
+  that will let him in (a revoked holder, an evacuation, somebody before him) or a client that cannot be moved keeps
+  the room;
 - a GPU with a free slot stands idle for nobody's sake but of one that cannot be let in yet;
 - the answers to MoreRoom are never forgotten.
 """
@@ -31,7 +32,7 @@ def check(broker: Broker) -> None:
             _gpu(gpu, broker)
         for client in broker.clients.values():
             _client(client)
-            if client.waiting and not broker.recovering:
+            if client.waiting and not client.stranded and not broker.recovering:
                 assert _progress(client, broker), f"client {client.id} waits for nothing"
     except AssertionError as error:
         raise InvariantError(f"{error}\n" + "\n".join(broker.log)) from None
@@ -66,7 +67,8 @@ def _client(client: Client) -> None:
     assert not client.suspended or not client.resident, "memory that the driver has moved is counted on the GPU"
     assert not (client.suspended and client.lease) or client.resuming, "a suspended client runs"
     assert not client.room_wanted or client.lease, "wants room without a lease"
-    assert not client.waiting or client.unit.queued or client.unit.active, "waits in no line"
+    assert not client.waiting or client.stranded or client.unit.queued or client.unit.active, "waits in no line"
+    assert not (client.stranded and client.gpus), "is bound to two places"
     assert not (client.unit.queued and client.unit.active), "waits in line and runs"
     assert client.booked == client.books(), "the client's memory is not booked"
     if client.unit.queued:

@@ -77,4 +77,5 @@ def _client(client: Client, now: float) -> dict[str, Any]:
         "revoked": client.revoked,
         "suspended": client.suspended,
         "unmovable": printable(client.unmovable[:REASON_LENGTH]) or None,
+        "stranded": client.stranded or None,
     }

@@ -353,6 +353,8 @@ class Server:
             self._metrics.received(message)
             if isinstance(message, Hello) and connection.id in self._core.clients:
                 self._journal.came(connection.pid)
+                if stranded := self._core.clients[connection.id].stranded:
+                    _log(stranded)
                 kept = self._journal.suspended(connection.pid)
                 if kept is not None and self._driver is not None:
                     self._deliver(self._core.found_suspended(connection.id, kept.nbytes, time.monotonic()))

@@ -102,6 +102,7 @@ class Agent:
         self._closed_at = 0.0  # since when
         self._stall_after = STALL
         self._refusal = ""
+        self._stranded = ""  # why what is asked for waits for another broker
         self._room: tuple[bool, str] | None = None
         self._room_due = 0  # questions for more room that the broker has not answered
         self._room_changed = threading.Condition(self._lock)
@@ -383,12 +384,14 @@ class Agent:
 
     def _welcome(self, message: Welcome) -> None:
         self._connection.welcome()
+        self._stranded = message.stranded
         if self.lease and not message.lease:
             # Another holds it now. Stop at the gate; what runs in a region cannot be called back.
             self.gate.close()
             self.lease = self._closing = self._revoked = self._memory.unrestored = False
             state = "waiting" if self._wanted else "evacuated" if self._memory.evacuated else "resident"
-            self._trace.change(state, "the new broker has lent the GPU to another client")
+            cause = message.stranded or "the new broker has lent the GPU to another client"
+            self._trace.change(state, cause)
         elif self._memory.unrestored or (self.lease and self.gate.closed and self._memory.evacuated):
             self._restore()
         elif self.lease and self.gate.closed:
@@ -415,6 +418,10 @@ class Agent:
         if self._wanted and self._connection.welcomed and not self.lease and not self._requested:
             self._requested = True
             self._connection.send(Request(self._need))
+            if self._stranded:
+                from acb.client.runtime import warn_once
+
+                warn_once("stranded", self._stranded)
 
     def _granted(self, grant: Grant) -> None:
         self.gpu, self._headroom = grant.gpu, grant.headroom

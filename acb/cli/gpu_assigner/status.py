@@ -73,6 +73,8 @@ def _show(report: dict[str, Any]) -> None:
     for client in report["clients"]:
         if client["unmovable"]:
             console.print(f"process {client['pid']} could not be evacuated: {client['unmovable']}")
+        if client["stranded"]:
+            console.print(client["stranded"])
 
 
 def _duration(seconds: float) -> str:
