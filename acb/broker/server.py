@@ -337,7 +337,7 @@ class Server:
                 "options": self._journal.options,
                 "totals": self._metrics.report(),
             }
-            connection.send(report.status(self._core, head, message.after, time.monotonic()))
+            connection.send(report.status(self._core, head, message.after, time.monotonic(), self._held()))
         elif isinstance(message, AskStop):
             connection.send(Goodbye(os.getpid()))
             self._stopping = True
@@ -358,6 +358,16 @@ class Server:
                 kept = self._journal.suspended(connection.pid)
                 if kept is not None and self._driver is not None:
                     self._deliver(self._core.found_suspended(connection.id, kept.nbytes, time.monotonic()))
+
+    def _held(self) -> dict[int, int]:
+        """Bytes that clients, by id, have on the GPU now, as far as the devices say: the books lag behind a holder."""
+        if self._meter is not None:
+            return self._meter.held(self._core.gpus)
+        held: dict[int, int] = {}
+        for client in self._core.clients.values() if self._referees else ():
+            sizes = [self._referees[gpu.ordinal].holds(client.pid) for gpu in client.gpus]
+            held |= {client.id: max(sizes)} if sizes else {}
+        return held
 
     def _corrected(self, connection: Connection, message: Message) -> Message:
         """The message with what the device says that the client has there, where it can say."""

@@ -60,14 +60,13 @@ def _show(report: dict[str, Any]) -> None:
             column, justify="left" if left else "right", no_wrap=True, overflow="ellipsis", min_width=width
         )
     for client in report["clients"]:
-        since = client["waiting_s"] if client["waiting_s"] is not None else client["leased_s"]
         clients.add_row(
             str(client["pid"]),
             client["name"],
             "suspended" if client["suspended"] and client["state"] == "evacuated" else client["state"],
             ",".join(map(str, client["gpus"])) or "-",
             *(format_size(client[key]) if client[key] else "-" for key in ("resident", "evacuated", "peak")),
-            "-" if since is None else _duration(since),
+            _duration(client["state_s"]),
         )
     console.print(clients)
     for client in report["clients"]:
