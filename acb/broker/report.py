@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from acb import processes
 from acb._version import __version__
 from acb.broker.core import Broker, Client, Gpu
 from acb.protocol import MAX_PACKET, VERSION, Status
@@ -83,6 +84,7 @@ def _client(client: Client, now: float, held: Mapping[int, int]) -> dict[str, An
         "state_s": round(now - _since(client), 3),
         "revoked": client.revoked,
         "suspended": client.suspended,
+        "stopped": (client.lease or client.evacuating) and processes.stopped(client.pid),
         "unmovable": printable(client.unmovable[:REASON_LENGTH]) or None,
         "stranded": client.stranded or None,
     }

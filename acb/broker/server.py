@@ -26,6 +26,7 @@ from acb.broker.meter import Meter
 from acb.broker.metrics import Metrics
 from acb.broker.policies import POLICIES
 from acb.broker.state import Resume, Suspend
+from acb.broker.stopped import Stopped, words
 from acb.protocol import (
     MAX_PACKET,
     AskStatus,
@@ -92,6 +93,7 @@ class Server:
         self._journal = journal
         self._driver = driver
         self._meter = meter
+        self._stopped = Stopped()
         self._referees = {gpu.ordinal: referee for gpu, referee in zip(gpus, referees, strict=False)}
         self._metrics = Metrics()
         self._description = description
@@ -145,6 +147,8 @@ class Server:
                     self._check_driver(self._driver)
                 if self._meter is not None:
                     self._check_meter(self._meter)
+                for stopped in self._stopped.look(self._core.gpus, time.monotonic()):
+                    _log(words(stopped))
                 if self._core.wake_at is not None and self._core.wake_at <= time.monotonic():
                     self._deliver(self._core.tick(time.monotonic()))
         finally:
@@ -191,7 +195,8 @@ class Server:
         wake_at = self._core.wake_at
         due = self._driver.due() if self._driver is not None else None
         look_at = self._meter.due(self._core.gpus) if self._meter is not None else None
-        wakes = [moment for moment in (wake_at, due, look_at) if moment is not None]
+        stopped = self._stopped.due(self._core.gpus, time.monotonic())
+        wakes = [moment for moment in (wake_at, due, look_at, stopped) if moment is not None]
         left = max(0.0, min(wakes) - time.monotonic()) if wakes else None
         if self._recover_until is not None:
             return 0.05 if left is None else min(0.05, left)

@@ -217,7 +217,7 @@ def test_a_program_bound_to_a_gpu_that_the_next_broker_lacks_says_so_and_waits_f
     assert sentence in elsewhere.errors
     assert "--gpu-list 0,1\n" in elsewhere.errors
     assert sentence in site.broker_log()
-    assert sentence in " ".join(site.gpu_assigner("status").stdout.split())
+    assert sentence in site.gpu_assigner("status").stdout
     here.do("region")
     assert site.gpu_assigner("stop").returncode == 0
     site.start("2x64MiB", "--gpu-list", "0,1")

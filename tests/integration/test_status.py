@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 
 from broker_harness import MIB, Program, Site, wait_until
 
@@ -58,5 +59,32 @@ def test_every_state_has_a_since(site: Site) -> None:
     assert re.fullmatch(r"\d+\.\d s", since)
     program.do("!release")
     program.end("enter")
+    for each in (program, other):
+        each.kill()
+
+
+def test_a_stopped_holder_is_shown_and_logged_and_keeps_what_it_has(site: Site) -> None:
+    site.start("1x64MiB", "--quantum", "0")
+    program, other = site.program(), site.program()
+    program.do("enter")
+    program.do("add", "model", 40 * MIB)
+    program.do("leave")
+    program.send_signal(signal.SIGSTOP)
+    wait_until("it to be stopped", lambda: site.client(program)["stopped"])
+    assert row(site, program)[0] == "stopped"
+    assert f"kill -CONT {program.pid}" in site.gpu_assigner("status").stdout
+    assert site.broker_log() == ""  # it is in nobody's way
+    other.begin("enter")
+    wait_until("the broker to say so", site.broker_log)
+    assert f"process {program.pid} (leaser.py) is stopped and holds GPU 0, for which others wait" in site.broker_log()
+    assert site.client(program)["leased_s"] is not None
+    assert site.client(other)["state"] == "waiting"
+    program.send_signal(signal.SIGCONT)
+    other.end("enter")
+    assert row(site, program)[0] == "evacuated"
+    other.do("leave")
+    program.do("region")
+    assert site.broker_log().count("\n") == 1
+    assert site.violations() == []
     for each in (program, other):
         each.kill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from acb.cli.gpu_assigner import talk
@@ -63,17 +64,33 @@ def _show(report: dict[str, Any]) -> None:
         clients.add_row(
             str(client["pid"]),
             client["name"],
-            "suspended" if client["suspended"] and client["state"] == "evacuated" else client["state"],
+            _state(client),
             ",".join(map(str, client["gpus"])) or "-",
             *(format_size(client[key]) if client[key] else "-" for key in ("resident", "evacuated", "peak")),
             _duration(client["state_s"]),
         )
     console.print(clients)
     for client in report["clients"]:
-        if client["unmovable"]:
-            console.print(f"process {client['pid']} could not be evacuated: {client['unmovable']}")
-        if client["stranded"]:
-            console.print(client["stranded"])
+        for sentence in _remarks(client):
+            console.print(sentence, soft_wrap=True)  # what is to be typed must come in one piece
+
+
+def _state(client: dict[str, Any]) -> str:
+    """The core's word, or what matters more to a person."""
+    if client["stopped"]:
+        return "stopped"
+    return "suspended" if client["suspended"] and client["state"] == "evacuated" else str(client["state"])
+
+
+def _remarks(client: dict[str, Any]) -> Iterator[str]:
+    """What a person should know, or do something about."""
+    pid = client["pid"]
+    if client["unmovable"]:
+        yield f"process {pid} could not be evacuated: {client['unmovable']}"
+    if client["stranded"]:
+        yield client["stranded"]
+    if client["stopped"]:
+        yield f"process {pid} is stopped; let it go on with fg in its shell, or with: kill -CONT {pid}"
 
 
 def _duration(seconds: float) -> str:
