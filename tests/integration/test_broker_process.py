@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 from broker_harness import MIB, FakeBroker, Site, wait_until
 
+from acb._version import __version__
 from acb.processes import start_time
-from acb.protocol import Goodbye, Welcome
+from acb.protocol import AskStatus, Goodbye, Welcome
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
@@ -80,7 +81,45 @@ def test_signals_end_it_cleanly(site: Site, number: int) -> None:
         assert isinstance(peer.receive(), Goodbye)
     assert site.brokers[-1].returncode == 0
     assert os.listdir(site.directory) == []
-    assert site.broker_log() == ""
+    started, ended = (site.log / "broker0").read_text().splitlines()
+    assert started.startswith("gpu_assigner: started ")
+    for part in (__version__, str(site.brokers[-1].pid), "1 simulated GPU of 64MiB", "--slots 1", str(site.socket)):
+        assert part in started
+    assert ended.startswith("gpu_assigner: ended ")
+    assert signal.Signals(number).name in ended
+
+
+def test_what_a_broker_in_the_background_has_logged_lies_beside_its_socket_until_it_ends(site: Site) -> None:
+    assert site.gpu_assigner("start", "--simulate-gpus", "1x32MiB", "--quantum", "2").returncode == 0
+    path = site.directory / "broker.log"
+    [line] = wait_until("its first line", lambda: path.read_text().splitlines())
+    assert "--simulate-gpus 1x32MiB --scheduler fifo" in line
+    assert "--quantum 2.0" in line
+    with open(path) as log:
+        program = site.program()
+        program.do("enter")
+        assert site.gpu_assigner("stop").returncode == 0
+        end = log.read().splitlines()[-1]
+        program.kill()
+    assert "by gpu_assigner stop; 1 program that it knew still runs" in end
+    assert not path.exists()
+
+
+def test_a_broker_that_fails_leaves_its_log(site: Site) -> None:
+    text = (
+        "from acb.broker.server import Server; Server._readable = lambda self, connection: 1 / 0\n"
+        "from acb.cli.gpu_assigner import main; main()"
+    )
+    log = site.directory / "broker.log"
+    arguments = ["start", "--foreground", "--log", str(log), "--simulate-gpus", "1x32MiB"]
+    with subprocess.Popen([sys.executable, "-c", text, *arguments], env=site.environment()) as broker:
+        wait_until("its log", lambda: log.exists() and "started" in log.read_text())
+        with contextlib.suppress(ConnectionError), site.connect() as peer:
+            peer.send(AskStatus())
+            peer.receive()
+        assert broker.wait(30) == 1
+    assert "ZeroDivisionError" in log.read_text()
+    assert sorted(os.listdir(site.directory)) == ["broker.journal", "broker.log"]
 
 
 def test_blocked_signals_of_whoever_starts_it_are_not_inherited(site: Site) -> None:

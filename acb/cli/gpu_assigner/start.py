@@ -229,6 +229,7 @@ def _serve(path: Path, options: argparse.Namespace) -> int:
     found = journal.path.exists()
     pool = None
     server = None
+    failed = False
     try:
         journal.read()
         pool = _pool(options)
@@ -241,8 +242,15 @@ def _serve(path: Path, options: argparse.Namespace) -> int:
                 EX_CANTCREAT,
             ) from None
         server.serve()
+    except (ConfigError, SystemExit):
+        raise
+    except BaseException:
+        failed = True
+        raise
     finally:
-        leavings = [path, pid_path(), env_path(), _beside("log"), _beside("lock")]
+        leavings = [path, pid_path(), env_path(), _beside("lock")]
+        if not failed:  # else it is about to be written to the log why
+            leavings.append(_beside("log"))
         if server is None and not found:  # else the clients of a broker that died still are in it
             leavings.append(journal.path)
         for leaving in leavings:
