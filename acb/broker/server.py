@@ -21,7 +21,7 @@ from acb.broker import report
 from acb.broker.core import Broker, Gpu, Send
 from acb.broker.drivertier import DriverTier
 from acb.broker.history import History
-from acb.broker.journal import Journal
+from acb.broker.journal import Journal, as_typed
 from acb.broker.log import log, log_event
 from acb.broker.meter import Meter
 from acb.broker.metrics import Metrics
@@ -126,11 +126,8 @@ class Server:
             self._core.recover(survivors)
             self._recover_until = time.monotonic() + RECOVERY
         self._tell_referees()
-        given = [f"--{name.replace('_', '-')} {value}" for name, value in self._journal.options.items() if value]
-        log_event(
-            "started",
-            f"version {__version__}, process {os.getpid()}, {self._description}, {' '.join(given)}, at {self._path}",
-        )
+        what = f"{self._description}, {as_typed(self._journal.options)}"
+        log_event("started", f"version {__version__}, process {os.getpid()}, {what}, at {self._path}")
         try:
             while not self._stopping:
                 for descriptor, _ in self._poller.poll(self._timeout()):

@@ -415,11 +415,19 @@ def test_a_limit_on_file_sizes_is_like_a_full_disk(site: Site) -> None:
 
 
 def test_other_options_than_the_running_brokers_are_refused_by_name(site: Site) -> None:
-    site.start("1x64MiB", "--scheduler", "fair")
-    for options in ([], ["--simulate-gpus", "1x64MiB"], ["--scheduler", "fair"]):
-        assert site.gpu_assigner("start", *options).returncode == 0
-    for options in (["--simulate-gpus", "1x32MiB"], ["--scheduler", "fifo"], ["--quantum", "2"], ["--slots", "2"]):
-        refused = site.gpu_assigner("start", *options)
+    site.start("2x64MiB", "--scheduler", "fair")
+    same = "", "--simulate-gpus 2x64MiB", "--scheduler fair", "--scheduler gpu-sharing", "--slots 1", "--gpu-list all"
+    for options in (*same, "--gpu-list 0,1", "--gpu-list 1,0"):
+        accepted = site.gpu_assigner("start", *options.split())
+        assert accepted.returncode == 0, accepted.stderr
+        assert "2 simulated GPUs of 64MiB" in accepted.stderr
+        assert "--scheduler fair --slots 1 --driver-tier auto" in one_line(accepted.stderr)
+    for options in (
+        "--simulate-gpus 1x32MiB", "--scheduler fifo", "--quantum 2.0", "--slots 2", "--driver-tier off",
+        "--gpu-list 0", "--gpu-list 0,2",
+    ):  # fmt: skip
+        refused = site.gpu_assigner("start", "--slots", "1", *options.split())
         assert refused.returncode == 69
-        assert " ".join(options)[:9] in refused.stderr
+        assert "--scheduler fair --slots 1 --driver-tier auto" in one_line(refused.stderr)
+        assert f"and not with {options};" in refused.stderr
         assert "gpu_assigner stop" in refused.stderr
