@@ -88,3 +88,26 @@ def test_a_stopped_holder_is_shown_and_logged_and_keeps_what_it_has(site: Site) 
     assert site.violations() == []
     for each in (program, other):
         each.kill()
+
+
+def test_help_explains_every_column_and_state(site: Site) -> None:
+    site.start("1x64MiB")
+    program = site.program()
+    program.do("enter")
+    shown = site.gpu_assigner("status", COLUMNS="120").stdout.splitlines()
+    columns = [re.split(r"\s{2,}", line.strip()) for line in shown if line.split()[:1] in (["GPU"], ["process"])]
+    assert [names[0] for names in columns] == ["GPU", "process"]
+    states = [
+        "running",
+        "waiting",
+        "restoring",
+        "resident",
+        "evacuating",
+        "evacuated",
+        "suspended",
+        "detached",
+        "stopped",
+    ]
+    explained = re.findall(r"^  (\S+(?: \S+)*)  ", site.gpu_assigner("status", "--help").stdout, re.MULTILINE)
+    assert {*columns[0][1:], *columns[1][2:], *states} <= set(explained)
+    program.kill()

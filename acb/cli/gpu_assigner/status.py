@@ -1,4 +1,31 @@
-"""Show what the broker sees: its GPUs, who holds them, who waits, and where everybody's memory is."""
+"""Show what the broker sees: its GPUs, who holds them, who waits, and where everybody's memory is.
+
+A GPU's columns:
+  memory      what it has
+  promised    what those who hold it may use in all
+  resident    what programs have on it now, whether they hold it or not
+  held by     the processes that may compute on it now
+
+A program's columns (a program is there from its first GPU call on):
+  state       see below
+  GPU         its GPUs, by the broker's ordinals; - when none is chosen yet
+  resident    its memory on the GPU (on its fullest, if it has several) at this moment, by the device's count;
+              where the device does not tell, what the program has last said, as it does every few seconds
+  evacuated   its memory that lies on the host instead
+  peak        the most that it has had on the GPU
+  since       for how long it has been in this state; without the GPU, since it last gave it back
+
+Its state:
+  running     it holds the GPU, and may compute; it keeps it, idle or not, until somebody else wants it
+  waiting     it stands at a GPU call until it gets the GPU
+  restoring   it has just got the GPU, and its memory is brought back
+  resident    it has given the GPU back, and its memory is still there, since nobody needs the room
+  evacuating  its memory is being moved to the host, since somebody needs the room
+  evacuated   its memory is on the host
+  suspended   its memory is on the host by way of the CUDA driver, which stops it at its next GPU call
+  detached    it has nothing on a GPU, and wants nothing
+  stopped     it holds the GPU or is to move its memory, and its process is stopped, by Ctrl-Z say
+"""
 
 from __future__ import annotations
 
