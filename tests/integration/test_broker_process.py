@@ -198,7 +198,9 @@ def test_jobs_have_brokers_of_their_own(site: Site) -> None:
     assert os.listdir(site.directory) == []
 
 
-def test_stop_waits_for_the_end_and_gives_up_on_a_hanging_broker(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_waits_for_the_end_and_gives_up_on_a_hanging_broker(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from acb.cli import gpu_assigner
     from acb.cli.gpu_assigner import talk
 
@@ -211,6 +213,8 @@ def test_stop_waits_for_the_end_and_gives_up_on_a_hanging_broker(site: Site, mon
         assert gpu_assigner.main(["stop"]) == 75
         assert gpu_assigner.main(["status"]) == 75
         assert gpu_assigner.main(["start"]) == 75
+        said = capsys.readouterr().err
+        assert said.count(f"kill -9 $(cat {site.directory}/broker.pid)\n") == 3
     finally:
         site.brokers[-1].send_signal(signal.SIGCONT)
 

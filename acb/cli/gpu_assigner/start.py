@@ -1,8 +1,7 @@
 """Start the broker, with your own rights, for this user (inside a batch job: for this job).
 
-It returns when the broker answers, and leaves it running in the background; end it with `gpu_assigner stop` or
-`pkill gpu_assigner`. When one runs already, it says with which options and does nothing; the exit status is 69 when
-other ones are asked for.
+It returns when the broker answers, and leaves it running in the background; end it with `gpu_assigner stop`. When
+one runs already, it says with which options and does nothing; the exit status is 69 when other ones are asked for.
 """
 
 from __future__ import annotations
