@@ -41,8 +41,9 @@ class Message:
 class Hello(Message):
     """The first packet of a client. After a broker's death it also tells the next one what the client holds.
 
-    `count` GPUs at once are asked for. A process that is one of `gang_size` which only run together, each on a GPU of
-    its own, names its `gang`, and its `rank` in it from 0. `gpu` is the ordinal of the GPU that the client is bound to,
+    `count` GPUs at once are asked for (0: not said, which is one). A process that is one of `gang_size` which only run
+    together, each on a GPU of its own, names its `gang`, and its `rank` in it from 0; if it says a count, too, that has
+    to be the gang's size. `gpu` is the ordinal of the GPU that the client is bound to,
     -1: none yet; of a client of several, the first, and `gpus` has all, as in Grant. Sizes are bytes on one GPU; of a
     client of several GPUs, on the fullest. What is learned is kept by `program`, else by the name: two programs of one
     file name need not be alike.
@@ -60,7 +61,7 @@ class Hello(Message):
     peak: int = 0
     priority: int = 0
     weight: float = 1.0
-    count: int = 1
+    count: int = 0
     gpus: str = ""
     gang: str = ""
     gang_size: int = 0
@@ -160,12 +161,16 @@ class AskStop(Message):
 
 @dataclass(frozen=True, slots=True)
 class Welcome(Message):
-    """Answer to Hello. Without `lease`, a client that said it holds one must stop at its gate and ask again."""
+    """Answer to Hello. Without `lease`, a client that said it holds one must stop at its gate and ask again.
+
+    `stranded`: why the client's requests will wait until there is another broker, in a sentence for a person.
+    """
 
     type: ClassVar[str] = "welcome"
     version: int
     client: int
     lease: bool = False
+    stranded: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from acb.broker import invariants
@@ -239,8 +240,12 @@ class Broker:
         client.came_at = client.yielded_at = now
         self.clients[client_id] = client
         self.recovering.discard(hello.pid)
+        missing = [n for n in _ordinals(hello) if n not in self._by_ordinal] if hello.gpu >= 0 else []
+        if missing:
+            client.stranded = self._stranded(client, missing)
+            hello = replace(hello, gang="")  # the others may still run together, without it
         self._join(client, hello, now)
-        gpus = [self._by_ordinal[n] for n in _ordinals(hello) if n in self._by_ordinal]
+        gpus = [] if missing else [self._by_ordinal[n] for n in _ordinals(hello) if n in self._by_ordinal]
         if not client.unit.gpus and len(gpus) == client.unit.size:
             self.scheduler.place(client.unit, gpus, bound=True)
         if client.gpus and hello.gpu >= 0:
@@ -249,7 +254,16 @@ class Broker:
             if hello.holding:
                 self.scheduler.resume(client, now)
         self.scheduler.touch(*client.gpus)
-        self._send(client_id, Welcome(VERSION, client_id, lease=client.lease))
+        self._send(client_id, Welcome(VERSION, client_id, lease=client.lease, stranded=client.stranded))
+
+    def _stranded(self, client: Client, missing: list[int]) -> str:
+        """What to tell a client that is bound to GPUs which are not lent: its memory is there, and it sees no other."""
+        which = "GPU " + " and ".join(map(str, missing))
+        needed = ",".join(str(n) for n in sorted({*self._by_ordinal, *missing}))
+        return (
+            f"process {client.pid} is bound to {which}, which this broker does not lend, and waits for one that does; "
+            f"run: gpu_assigner stop, then: gpu_assigner start, with --gpu-list {needed}"
+        )
 
     def _join(self, client: Client, hello: Hello, now: float) -> None:
         """Find the client's unit, or make it one."""
@@ -270,10 +284,10 @@ class Broker:
             unit = Unit(size, gang, min(1000, max(-1000, hello.priority)), weight)
             if gang:
                 self._gangs[gang] = unit
-        if gang and hello.count not in (1, hello.gang_size):
+        if gang and hello.count not in (0, hello.gang_size):
             client.refusal = (
                 f"process {client.pid} was started with --gpus {hello.count} and is one of {hello.gang_size} that run "
-                f"together; leave --gpus out, or make it {hello.gang_size}"
+                f"together, each on a GPU of its own; leave --gpus out, or make it {hello.gang_size}"
             )
         client.rank = hello.rank if gang else 0
         client.unit = unit
@@ -321,6 +335,9 @@ class Broker:
         if client.lease or client.waiting:
             return  # the client's thread was faster than the answer
         client.need = max(0, request.need)
+        if client.stranded:
+            client.waiting, client.asked_at = True, now  # in no line
+            return
         refusal = self._impossible(client)
         if refusal:
             self._send(client.id, Refused(refusal))
@@ -339,16 +356,23 @@ class Broker:
         if unit.gang:
             what += f", one of {unit.size} that run together,"
         if unit.size > len(self.gpus):
-            return f"{what} asks for {unit.size} GPUs at once, but the broker has {len(self.gpus)}"
+            return (
+                f"{what} asks for {unit.size} GPUs at once, but the broker has {len(self.gpus)}; "
+                f"{'start fewer' if unit.gang else 'ask for less'}, or start a broker with more"
+            )
         floor = self._room.floor(client)
         sizes = sorted((gpu.capacity for gpu in client.gpus or self.gpus), reverse=True)
         largest = sizes[(len(sizes) if client.gpus else unit.size) - 1]
         if floor <= largest:
             return ""
+        advice = "ask for less, or start a broker with larger ones"
         if unit.size > 1 and not client.gpus:
             size = format_size(floor)
-            return f"{what} asks for {size} on each of {unit.size} GPUs, but the broker has not so many so large"
-        return f"{what} asks for {format_size(floor)} of GPU memory, but the largest GPU has {format_size(largest)}"
+            return (
+                f"{what} asks for {size} on each of {unit.size} GPUs, but the broker has not so many so large; {advice}"
+            )
+        size = format_size(largest)
+        return f"{what} asks for {format_size(floor)} of GPU memory, but the largest GPU has {size}; {advice}"
 
     def _wait(self, client: Client, now: float) -> None:
         client.waiting, client.asked_at = True, now

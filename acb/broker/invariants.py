@@ -5,9 +5,10 @@
 - nobody runs while an evacuation that its room needs is under way (follows from the one above, since memory counts as
   resident until its evacuation is acknowledged); who has the lease earlier, to bring its memory back piece by piece,
   waits for an evacuation that is under way;
-- every request is granted, refused, or its client is gone: a unit with a waiting member is in the line of each of its
-  GPUs, and whenever somebody waits, something is under way that will let him in (a revoked holder, an evacuation,
-  somebody before him) or a client that cannot be moved keeps the room;
+- every request is granted, refused, or its client is gone, but for those that are bound to a GPU that is not lent: a
+  unit with a waiting member is in the line of each of its GPUs, and whenever somebody waits, something is under way
+  that will let him in (a revoked holder, an evacuation, somebody before him) or a client that cannot be moved keeps
+  the room;
 - a GPU with a free slot stands idle for nobody's sake but of one that cannot be let in yet;
 - the answers to MoreRoom are never forgotten.
 """
@@ -36,7 +37,7 @@ def check(broker: Broker) -> None:
                 assert any(_moves(gpu, client) for gpu in client.gpus), (
                     f"nothing comes that client {client.id} waits for"
                 )
-            if client.waiting and not broker.recovering:
+            if client.waiting and not client.stranded and not broker.recovering:
                 assert _progress(client, broker), f"client {client.id} waits for nothing"
     except AssertionError as error:
         raise InvariantError(f"{error}\n" + "\n".join(broker.log)) from None
@@ -74,7 +75,8 @@ def _client(client: Client) -> None:
     assert not client.promised or client.lease, "was promised room without a lease"
     assert not client.promised or client.promised > client.headroom, "was promised what it has"
     assert not client.room_wanted or client.lease, "wants room without a lease"
-    assert not client.waiting or client.unit.queued or client.unit.active, "waits in no line"
+    assert not client.waiting or client.stranded or client.unit.queued or client.unit.active, "waits in no line"
+    assert not (client.stranded and client.gpus), "is bound to two places"
     assert not (client.unit.queued and client.unit.active), "waits in line and runs"
     assert client.booked == client.books(), "the client's memory is not booked"
     if client.unit.queued:

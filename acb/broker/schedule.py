@@ -221,8 +221,9 @@ class Scheduler:
     def _answer_room(self, client: Client, now: float) -> None:
         """Grant, refuse or further the request of a running client for more room."""
         wanted, capacity = client.room_wanted, min(gpu.capacity for gpu in client.gpus)
+        what = f"process {client.pid} asks for {format_size(wanted)} of GPU memory in all"
         if wanted > capacity:
-            reason = f"{format_size(wanted)} are more than the GPU's {format_size(capacity)}"
+            reason = f"{what}, but its GPU has {format_size(capacity)}; ask for less"
             self._send(client.id, RoomAnswer(False, reason))
         elif self._room.make_all([(gpu, client, wanted) for gpu in client.gpus], now):
             client.headroom = max(client.headroom, wanted)
@@ -231,7 +232,9 @@ class Scheduler:
         elif any(self._room.coming(gpu, client) for gpu in client.gpus):
             return
         else:
-            reason = "the rest of the GPU is held by clients that cannot be evacuated"
+            reason = (
+                f"{what}, but programs that cannot be evacuated hold the rest; ask for less, or when they have ended"
+            )
             self._send(client.id, RoomAnswer(False, reason))
         client.room_wanted = 0
 

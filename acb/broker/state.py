@@ -128,6 +128,8 @@ class Client:
     """Why the driver cannot move it."""
     refusal: str = ""
     """Why whatever it asks for is refused."""
+    stranded: str = ""
+    """Why whatever it asks for waits for another broker: this one has not the GPU that it is bound to."""
     room_wanted: int = 0
     came_at: float = 0.0
     asked_at: float = 0.0

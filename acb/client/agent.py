@@ -24,6 +24,7 @@ from acb.client.connection import OUTAGE, Connection
 from acb.client.gate import LONG_GAP
 from acb.client.memory import Memory, Moved
 from acb.client.phases import MAX_LINGER, MIN_LINGER, choose_linger
+from acb.client.refusal import refused
 from acb.client.trace import Trace
 from acb.protocol import (
     VERSION,
@@ -103,6 +104,7 @@ class Agent:
         self._closed_at = 0.0  # since when
         self._stall_after = STALL
         self._refusal = ""
+        self._stranded = ""  # why what is asked for waits for another broker
         self._room: tuple[bool, str] | None = None
         self._room_due = 0  # questions for more room that the broker has not answered
         self._room_changed = threading.Condition(self._lock)
@@ -122,16 +124,12 @@ class Agent:
         had."""
         with self._lock:
             if self._refusal:
-                from acb.client.runtime import LeaseRefused
-
                 reason, self._refusal, self._wanted, self._need = self._refusal, "", False, 0
-                raise LeaseRefused(reason)
+                raise refused(reason)
             if not self.gate.closed:
                 return  # it was opened while this thread waited for the lock
             if self._finishing:
-                from acb.client.runtime import LeaseRefused
-
-                raise LeaseRefused("the interpreter is ending: it is too late to get the GPU back")
+                raise refused("the interpreter is ending: it is too late to get the GPU back")
             if not self._wanted:
                 self._wanted = True
                 if not self.lease:
@@ -172,9 +170,7 @@ class Agent:
             missing = nbytes - self._memory.resident()
         reason = self._room_refused(missing)
         if reason:
-            from acb.client.runtime import LeaseRefused
-
-            raise LeaseRefused(reason)
+            raise refused(reason)
 
     def end_phase(self) -> None:
         """The program says that its phase is over: give the lease back at once if somebody waits for it."""
@@ -393,12 +389,14 @@ class Agent:
 
     def _welcome(self, message: Welcome) -> None:
         self._connection.welcome()
+        self._stranded = message.stranded
         if self.lease and not message.lease:
             # Another holds it now. Stop at the gate; what runs in a region cannot be called back.
             self.gate.close()
             self.lease = self._closing = self._revoked = self._memory.unrestored = False
             state = "waiting" if self._wanted else "evacuated" if self._memory.evacuated else "resident"
-            self._trace.change(state, "the new broker has lent the GPU to another client")
+            cause = message.stranded or "the new broker has lent the GPU to another client"
+            self._trace.change(state, cause)
         elif self._memory.unrestored or (self.lease and self.gate.closed and self._memory.evacuated):
             self._restore()
         elif self.lease and self.gate.closed:
@@ -425,6 +423,10 @@ class Agent:
         if self._wanted and self._connection.welcomed and not self.lease and not self._requested:
             self._requested = True
             self._connection.send(Request(self._need))
+            if self._stranded:
+                from acb.client.runtime import warn_once
+
+                warn_once("stranded", self._stranded)
 
     def _granted(self, grant: Grant) -> None:
         self.gpu, self._headroom, self._coming = grant.gpu, grant.headroom, grant.coming

@@ -74,6 +74,10 @@ def test_the_simulation_runs_every_table(tmp_path: Path) -> None:
     assert {line["pair"] for line in found["quantum"]} == {"half", "never"}
     assert found["starvation"][0]["policy"] == "fifo"
     assert "virtual time" in printed
+    tables = printed[: printed.index("The broker's core in virtual time")]
+    assert "GPU busy" in tables
+    assert max(map(len, tables.splitlines())) <= 120
+    assert "…" not in tables
 
 
 def test_the_throughput_is_told_in_rows(tmp_path: Path) -> None:
@@ -82,6 +86,8 @@ def test_the_throughput_is_told_in_rows(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert "simulated" in done.stdout
+    assert "promised" not in done.stdout  # which is of more jobs than these
+    assert done.stdout.splitlines()[-1].startswith("on ")
     assert picture.stat().st_size > 0
     rows: list[dict[str, Any]] = json.loads(file.read_text())
     kinds = {(row["jobs"], row["policy"], row["swapping"]) for row in rows}

@@ -48,8 +48,9 @@ def half_way(site: Site) -> tuple[Program, Program]:
     coming.begin("region")
     leaving.holds_at("evacuate")
     for _ in range(4):  # it stands before its fourth piece
-        leaving.do("!step")
-        leaving.holds_at("piece")
+        leaving.begin("!step")
+        said = [leaving.next(), leaving.next()]  # in any order
+        assert {"step": "piece"} in said, said
     site.wait_for(coming, "restoring")
     wait_until("a part of it to come in", lambda: site.card().used() == 5 * BLOCK + 5 * BLOCK)
     return leaving, coming

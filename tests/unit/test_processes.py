@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 
-from acb.processes import ending, start_time
+from acb.processes import ending, start_time, stopped
 
 
 def test_a_running_process_is_not_ending() -> None:
@@ -56,3 +56,18 @@ def test_a_process_whose_last_threads_are_not_through_yet_is_ending() -> None:
         assert select.select([descriptor], [], [], 20)[0] == [descriptor]
         os.close(descriptor)
         assert ending(process.pid) is None
+
+
+def test_a_process_that_stands_still_is_seen_to() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        try:
+            assert not stopped(process.pid)
+            process.send_signal(signal.SIGSTOP)
+            os.waitpid(process.pid, os.WUNTRACED)
+            assert stopped(process.pid)
+            process.send_signal(signal.SIGCONT)
+            os.waitpid(process.pid, os.WCONTINUED)
+            assert not stopped(process.pid)
+        finally:
+            process.kill()
+    assert not stopped(process.pid)
