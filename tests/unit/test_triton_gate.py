@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,59 +16,19 @@ import pytest
 import standin_triton
 
 torch: Any = pytest.importorskip("torch")
+from gated_cpu import Gated, gated_cpu  # noqa: E402
 
 from acb.client import runtime  # noqa: E402
-from acb.client.gate import Gate  # noqa: E402
-from acb.hooks import torch as torch_hook  # noqa: E402
 from acb.hooks import triton as hook  # noqa: E402
-from acb.hooks.torch import devices  # noqa: E402
-
-
-class Gated:
-    """A gate that tells when a thread stands at it, and counts regions while nothing else does."""
-
-    def __init__(self) -> None:
-        self.asked = threading.Event()
-        self.regions = 0
-        self.gate = Gate(self.asked.set, self._ended)
-        self.gate.open(watched=True)
-
-    def _ended(self) -> None:
-        self.regions += 1
-
-    def stops(self, action: Callable[[], Any]) -> bool:
-        """Whether `action` waits at the closed gate. The gate is open afterwards, and the action done."""
-        self.asked.clear()
-        self.gate.close()
-        done = threading.Event()
-
-        def act() -> None:
-            action()
-            done.set()
-
-        thread = threading.Thread(target=act)
-        thread.start()
-        while not self.asked.wait(0.005) and not done.is_set() and thread.is_alive():
-            pass
-        stopped = not done.is_set()
-        self.gate.open(watched=True)
-        thread.join()
-        assert done.is_set()
-        return stopped
 
 
 @pytest.fixture
 def gated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gated]:
     """PyTorch with CPU tensors behind a gate, which is the process's."""
-    made = Gated()
-    client = types.SimpleNamespace(gating=True, bound=True, gate=made.gate)
-    monkeypatch.setattr(runtime, "client", lambda: client)
-    devices.gate_device_type("cpu")
-    torch_hook.install_gating(made.gate)
-    yield made
-    made.gate.open()
-    torch_hook.uninstall_gating()
-    devices.ungate_device_type("cpu")
+    with gated_cpu() as made:
+        client = types.SimpleNamespace(gating=True, bound=True, gate=made.gate)
+        monkeypatch.setattr(runtime, "client", lambda: client)
+        yield made
 
 
 @pytest.fixture
