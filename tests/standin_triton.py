@@ -1,6 +1,6 @@
 """A package `triton` without a compiler, built as Triton's sources are: what a launch passes through, nothing else.
 
-Its kernels do nothing but call ``triton.gpu.touch(what)``, which notes it in ``triton.gpu.touched``.
+Its kernels do nothing but call ``triton.gpu.touch(what, ...)``, which notes it in ``triton.gpu.touched``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 _GPU = """
 touched = []
 
-def touch(what):
+def touch(what, *args):
     touched.append(what)
 """
 
@@ -118,7 +118,7 @@ class CudaLauncher:
         self.name = name
 
     def __call__(self, *args):
-        gpu.touch(f"run {self.name}")
+        gpu.touch(f"run {self.name}", *args)
 
 def _cuda_driver_is_active():
     return True
@@ -161,7 +161,7 @@ from .runtime import driver
 class CompiledKernel:
     def __init__(self, name):
         self.name, self.loaded = name, False
-        self.c_wrapper = lambda *args: gpu.touch(f"run {name}")
+        self.c_wrapper = lambda *args: gpu.touch(f"run {name}", *args)
 
     def __getattribute__(self, name):
         if name == "c_wrapper" and not self.loaded:

@@ -85,7 +85,7 @@ def test_a_launch_waits_at_the_closed_gate(triton: Any, gated: Gated, way: str, 
     done = len(triton.gpu.touched)
     seen = []
 
-    def touch(what: str) -> None:
+    def touch(what: str, *args: Any) -> None:
         seen.append((what, gated.gate.inside(), gated.gate.closed))
 
     triton.gpu.touch = touch
