@@ -13,8 +13,8 @@ import weakref
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
-from acb.client import hostmemory
 from acb.client.evacuation import EvacuationError, batches, fullest
+from acb.hooks.jax.hostcopies import HostCopies
 from acb.hooks.jax.internals import GATED, Internals, in_device_memory, like, moving, on_gated, repoint
 from acb.hooks.jax.ledger import Ledger
 from acb.hooks.jax.pool import check_pool, trim_pool
@@ -54,9 +54,10 @@ class JaxEvacuator:
 
     name = "jax"
 
-    def __init__(self, internals: Internals, ledger: Ledger | None = None) -> None:
-        """With a simulated GPU, `ledger` is that of its memory."""
+    def __init__(self, internals: Internals, ledger: Ledger | None = None, *, pinned: bool = True) -> None:
+        """With a simulated GPU, `ledger` is that of its memory. `pinned`: see HostCopies."""
         self._internals = internals
+        self._copies = HostCopies(internals, pinned=pinned)
         self._ledger = ledger
         array: Any = internals.ArrayImpl
         methods = vars(array)
@@ -141,7 +142,7 @@ class JaxEvacuator:
             for device in self._devices():
                 check_pool(device)
             buffers = self._plan(self._live(), strict=True)[1]
-            hostmemory.require(sum(buffer.nbytes for buffer in buffers))
+            self._copies.require(sum(buffer.nbytes for buffer in buffers))
             in_pieces = piece > 0 and len({id(buffer.device) for buffer in buffers}) == 1
         del buffers
         yield 0
@@ -218,14 +219,14 @@ class JaxEvacuator:
             raise EvacuationError("the program holds the GPU address of a jax array")
 
     def _copy_out(self, plans: list[_Evacuated]) -> None:
-        """Fill in every buffer's host copy; all copies are begun before the first is waited for."""
+        """Fill in every buffer's host copy."""
         buffers = _buffers(plans)
+        nbytes = sum(buffer.nbytes for buffer in buffers)
+        held = sum(buffer.nbytes for buffer in _buffers(list(self._evacuated.values())))
         try:
-            for buffer in buffers:
-                with contextlib.suppress(RuntimeError):
-                    buffer.array._copy_single_device_array_to_host_async()
-            for buffer in buffers:
-                buffer.host = _to_host(buffer.array)
+            arrays, devices = [buffer.array for buffer in buffers], [buffer.device for buffer in buffers]
+            for buffer, copy in zip(buffers, self._copies.out(arrays, devices, nbytes, held), strict=True):
+                buffer.host = copy
         except (MemoryError, RuntimeError) as error:
             raise EvacuationError(f"jax arrays could not be copied to host memory: {error}") from error
         for buffer in buffers:
@@ -268,9 +269,7 @@ class JaxEvacuator:
         return _fullest(moved)
 
     def _put(self, buffer: _Buffer) -> Any:
-        return self._internals.xla_client.batched_device_put(
-            buffer.aval, buffer.sharding, [buffer.host], [buffer.device], True
-        )
+        return self._copies.back(buffer.host, buffer.aval, buffer.sharding, buffer.device)
 
     def _assemble(self, entry: _Evacuated) -> Any:
         """A new array of restored buffers, the same as the evacuated one in every respect."""
@@ -368,17 +367,6 @@ def _memory_stats(device: Any) -> dict[str, int]:
         return device.memory_stats() or {}
     except (RuntimeError, AttributeError):
         return {}
-
-
-def _to_host(shard: Any) -> Any:
-    """A copy of a single-device array in host memory of its own, bit for bit."""
-    import numpy
-
-    if hasattr(shard, "_single_device_array_to_np_array_did_copy"):
-        host, copied = shard._single_device_array_to_np_array_did_copy()
-    else:
-        host, copied = shard._single_device_array_to_np_array(), False
-    return host if copied else numpy.array(host, copy=True, order="C")
 
 
 def _special_format(array: Any) -> Any:
