@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from acb.devices.simulated import Card
+from benchmarks.gpu_parts.part import Part
 from benchmarks.gpu_parts.stage import PROGRAMS, Program, Stage, StageError, wait_until
 
 _numbers = itertools.count(1)
@@ -34,6 +36,14 @@ def complaint(program: Program, *command: Any) -> str:
             raise
         return text
     return ""
+
+
+def referee(part: Part, stage: Stage) -> None:
+    """On a simulated GPU, which sees every operation: whether all of them had the lease."""
+    if stage.spec is not None:
+        with Card.open(next(stage.directory.glob("simulated-*"))) as card:
+            found = card.violations()
+        part.check("the referee has seen no operation without the lease", not found, "; ".join(map(str, found[:3])))
 
 
 class Mark:

@@ -135,9 +135,9 @@ def taken(outcome: Outcome) -> float:
 
 
 def check(part: Part, size: str, program: Program, since: str, *, addresses: bool) -> None:
-    """Its contents, and where they have to be, its addresses."""
+    """Its contents, and what it computes with them; where they have to be, its addresses."""
     found = program.do("check")
-    part.check(f"{size}: every bit is there after {since}", found["same"])
+    part.check(f"{size}: every bit is there after {since}", found["same"] and program.do("work"))
     if addresses:
         part.check(f"{size}: every address is what it was after {since}", found["addresses"])
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 
-from benchmarks.gpu_parts.casting import cast
+from benchmarks.gpu_parts.casting import cast, referee
 from benchmarks.gpu_parts.part import GB, MIB, Part
 from benchmarks.gpu_parts.stage import Program, Stage, wait_until
 
@@ -62,6 +62,7 @@ def hold(part: Part) -> None:
         part.check("no driver tier: the other waits", stage.state(other) == "waiting")
         program.end()
         part.check("no driver tier: the other has its turn in the end", other.result())
+        referee(part, stage)
 
 
 def suspend(part: Part) -> None:
@@ -86,6 +87,7 @@ def suspend(part: Part) -> None:
                        f"{(empty - free) / MIB:.0f} MiB in use, it has {sized(part) / MIB:.0f}")  # fmt: skip
             part.check("suspended: it comes back, and does what it did, with what it had, where it was",
                        right(program))  # fmt: skip
+        referee(part, stage)
 
 
 def suspended(stage: Stage, program: Program) -> str:

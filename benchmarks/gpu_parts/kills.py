@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.gpu_parts.casting import Mark, cast
+from benchmarks.gpu_parts.casting import Mark, cast, referee
 from benchmarks.gpu_parts.part import MIB, Part
 from benchmarks.gpu_parts.stage import Program, Stage, StageError, wait_until
 
@@ -50,6 +50,7 @@ def run(part: Part) -> None:
             except StageError as error:
                 part.check(f"killed {STEPS[step]}: all goes on", False, str(error))
                 return
+        referee(part, stage)
 
 
 class Scene:
@@ -112,6 +113,7 @@ class Scene:
 
     def waiting(self) -> Callable[[], bool]:
         mark = self.stand(self.other)
+        self.wait_for(self.program, "evacuated")
         self.program.begin("work")
 
         def go_on() -> bool:

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from acb.devices.simulated import Card
-from benchmarks.gpu_parts.casting import cast, complaint
+from benchmarks.gpu_parts.casting import cast, complaint, referee
 from benchmarks.gpu_parts.part import GB, MIB, Part
 from benchmarks.gpu_parts.stage import OUT_OF_MEMORY, Stage, wait_until
 
-NEED = 30.0
+NEED = 20.0
 """Seconds that a framework takes, at most."""
 
 
@@ -70,6 +70,7 @@ def play(part: Part, framework: str, title: str) -> None:
             part.check(f"{title}: more than the whole GPU ends in the framework's own error", own, error or "no error")
             for program in (first, second):
                 part.check(f"{title}: the {program.name} program goes on after that", program.do("check")["same"])
+            referee(part, stage)
 
 
 def evacuations(stage: Stage) -> int:
