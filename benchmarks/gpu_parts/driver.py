@@ -13,7 +13,7 @@ from acb.broker.checkpointing import Helper
 from acb.cli.gpu_assigner.pool import SIMULATED_TIER
 from acb.devices.checkpoint import Outcome
 from benchmarks.gpu_parts.casting import cast
-from benchmarks.gpu_parts.framework import PIECES, SLACK, sizes, words
+from benchmarks.gpu_parts.framework import PIECES, SLACK, sizes, slack, words
 from benchmarks.gpu_parts.part import GB, MIB, Part, Skip
 from benchmarks.gpu_parts.stage import Program, Stage
 
@@ -118,7 +118,7 @@ def play(driver: Driver, nbytes: int, empty: int, copy: dict[str, float], *, bot
     figures["freed"], figures["residual"] = away - loaded, empty - away
     check(part, size, program, "the driver has moved it", addresses=True)
     told = f"{figures['freed'] / MIB:.0f} MiB for {held / MIB:.0f}; {figures['residual'] / MIB:.0f} MiB stay"
-    part.check(f"{size}: the memory is free by the driver's count", figures["freed"] >= held - SLACK, told)
+    part.check(f"{size}: the memory is free by the driver's count", figures["freed"] >= held - slack(held), told)
     for way, verb in (("out", "suspended"), ("back", "resumed")):
         best = max(figures[way])
         figures[f"{way}_ratio"] = best / copy[way]
