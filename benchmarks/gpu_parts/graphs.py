@@ -34,9 +34,9 @@ def sized(part: Part) -> int:
     return 64 * MIB if part.settings.simulate else 2 * GB
 
 
-def capture(part: Part, program: Program, nbytes: int) -> None:
-    """Load so much, and have it capture a graph."""
-    program.do("load", "data", nbytes, 4)
+def capture(part: Part, program: Program) -> None:
+    """Load it, and have it capture a graph."""
+    program.do("load", "data", sized(part), 4)
     program.do("pretend" if part.settings.simulate else "capture")
     program.do("replay")
 
@@ -54,7 +54,8 @@ def hold(part: Part) -> None:
     with Stage(part.settings.spec) as stage:
         stage.start_broker("--driver-tier", "off")
         program, other = cast(stage, "torch", {"immovable": (), "other": ("--gpu-memory", f"{nbytes}B")})
-        capture(part, program, nbytes)
+        capture(part, program)
+        program.do("reserve", nbytes - sized(part))
         other.begin("work")
         reason = wait_until("the refusal", lambda: stage.client(program).get("unmovable"))
         part.check("evacuation is refused by name", "CUDA graph" in reason, reason)
@@ -71,7 +72,7 @@ def suspend(part: Part) -> None:
         stage.start_broker("--driver-tier", "on")
         empty = stage.free()
         program, other = cast(stage, "torch", {"immovable": (), "other": ()})
-        capture(part, program, sized(part))
+        capture(part, program)
         for number in range(1 if part.settings.quick else 3):
             other.begin("work")
             problem = wait_until("the program to be suspended", lambda: suspended(stage, program))

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_parts import PARTS
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -124,19 +126,54 @@ def test_the_gpu_benchmark_says_what_is_missing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     [file] = tmp_path.glob("gpu-*.json")
     parts = json.loads(file.read_text())["parts"]
-    assert set(parts) == {"torch", "jax", "experiment"}
+    assert set(parts) == set(PARTS)
     assert {part["status"] for part in parts.values()} == {"skipped"}
     assert all(part["reason"] for part in parts.values())
 
 
-def test_the_gpu_benchmark_on_a_simulated_gpu_finds_nothing_wrong(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu", "--simulate", "--quick", "--out", str(tmp_path)]
-    done = subprocess.run([*command, "--only", "torch,jax"], cwd=ROOT, capture_output=True, text=True, timeout=110)
+def simulated(tmp_path: Path, parts: str, *options: str) -> dict[str, Any]:
+    """What these parts of benchmarks.gpu find on a simulated GPU, by name; nothing wrong."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--simulate", "--quick", "--out", str(tmp_path), "--only", parts]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "simulated" in done.stdout
     [file] = tmp_path.glob("gpu-*.json")
-    figures = json.loads(file.read_text())
-    assert figures["simulated"] is True
-    for part in figures["parts"].values():
+    found = json.loads(file.read_text())
+    assert found["simulated"] is True
+    assert list(found["parts"]) == parts.split(",")
+    return found["parts"]  # type: ignore[no-any-return]
+
+
+def test_the_gpu_benchmark_on_a_simulated_gpu_finds_nothing_wrong(tmp_path: Path) -> None:
+    for part in simulated(tmp_path, "torch,jax").values():
         assert part["status"] == "done", part
         assert {row["kind"] for row in part["rows"]} == {"measured", "passed"}
+
+
+def test_the_gpu_benchmark_moves_programs_by_a_simulated_driver(tmp_path: Path) -> None:
+    parts = simulated(tmp_path, "driver,graphs")
+    for part in parts.values():
+        assert part["status"] == "done", part
+    assert [row["question"] for row in parts["driver"]["rows"] if row["kind"] == "skipped"] == ["probe"]
+    assert [row["question"] for row in parts["graphs"]["rows"] if row["kind"] == "skipped"] == ["a captured CUDA graph"]
+    figures = parts["driver"]["figures"]
+    assert figures["64 MiB"]["freed"] >= figures["64 MiB"]["bytes"] == 64 << 20
+    assert {"64 MiB together"} <= set(figures)
+    passed = [row["question"] for row in parts["graphs"]["rows"] if row["kind"] == "passed"]
+    assert "evacuation is refused by name" in passed
+    assert "the driver suspends the program" in passed
+
+
+def test_the_gpu_benchmark_compares_a_training_run_with_itself(tmp_path: Path) -> None:
+    [part] = simulated(tmp_path, "training").values()
+    assert part["status"] == "done", part
+    assert part["figures"]["equal"] is part["figures"]["steady"] is True
+    assert part["figures"]["evacuations"] == 10
+    assert {row["kind"] for row in part["rows"]} == {"passed"}
+
+
+def test_the_gpu_benchmark_skips_by_name_what_it_has_no_time_for(tmp_path: Path) -> None:
+    parts = simulated(tmp_path, ",".join(PARTS), "--limit", "1")
+    assert {part["status"] for part in parts.values()} == {"skipped"}
+    for part in parts.values():
+        assert part["reason"].endswith("s of 1 s are left") or part["reason"].startswith("not installed"), part

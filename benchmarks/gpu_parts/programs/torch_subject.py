@@ -80,6 +80,10 @@ class Subject(Moving):
         self.held[name] = tensors
         return each * pieces
 
+    def reserve(self, nbytes: int) -> None:
+        """Hold so many bytes more, with whatever is in them."""
+        self.reserved = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+
     def drop(self, name: str) -> None:
         """Hold it no longer."""
         del self.held[name]
