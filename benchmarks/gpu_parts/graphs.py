@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import time
 
-from benchmarks.gpu_parts.casting import cast, referee
-from benchmarks.gpu_parts.part import GB, MIB, Part
-from benchmarks.gpu_parts.stage import Program, Stage, wait_until
+from benchmarks.gpu_parts.casting import Mark, cast, referee
+from benchmarks.gpu_parts.part import GB, MIB, Part, Skip
+from benchmarks.gpu_parts.stage import Program, Stage, StageError, wait_until
+
+HARM = 1.0
+"""Seconds that a capture lasts while another program waits: enough for a lease to be given back in the midst of it."""
 
 NO_DRIVER = "the driver cannot move memory here: "
 """What the broker logs when its probe has failed."""
@@ -34,11 +37,27 @@ def sized(part: Part) -> int:
     return 64 * MIB if part.settings.simulate else 2 * GB
 
 
-def capture(part: Part, program: Program) -> None:
-    """Load it, and have it capture a graph."""
+def capture(part: Part, stage: Stage, program: Program, other: Program) -> None:
+    """Load it, and have it capture a graph, while the other one comes to wait; that has work to do then."""
     program.do("load", "data", sized(part), 4)
-    program.do("pretend" if part.settings.simulate else "capture")
-    program.do("replay")
+    if part.settings.simulate:
+        program.do("pretend")
+        other.begin("work")
+        return
+    mark = Mark(stage)
+    program.begin("capture", str(mark))
+    mark.reached()
+    other.begin("work")
+    wait_until("the other program to wait", lambda: stage.state(other) == "waiting")
+    time.sleep(HARM)
+    mark.lift()
+    problem = ""
+    try:
+        program.result()
+    except StageError as error:
+        problem = str(error)
+    if not part.check("a capture goes well while another program waits", not problem, problem):
+        raise Skip("there is no captured graph to go on with")
 
 
 def right(program: Program) -> bool:
@@ -54,9 +73,8 @@ def hold(part: Part) -> None:
     with Stage(part.settings.spec) as stage:
         stage.start_broker("--driver-tier", "off")
         program, other = cast(stage, "torch", {"immovable": (), "other": ("--gpu-memory", f"{nbytes}B")})
-        capture(part, program)
         program.do("reserve", nbytes - sized(part))
-        other.begin("work")
+        capture(part, stage, program, other)
         reason = wait_until("the refusal", lambda: stage.client(program).get("unmovable"))
         part.check("evacuation is refused by name", "CUDA graph" in reason, reason)
         part.check("no driver tier: the program goes on while the other waits", right(program))
@@ -72,9 +90,10 @@ def suspend(part: Part) -> None:
         stage.start_broker("--driver-tier", "on")
         empty = stage.free()
         program, other = cast(stage, "torch", {"immovable": (), "other": ()})
-        capture(part, program)
+        capture(part, stage, program, other)
         for number in range(1 if part.settings.quick else 3):
-            other.begin("work")
+            if number:
+                other.begin("work")
             problem = wait_until("the program to be suspended", lambda: suspended(stage, program))
             if problem.startswith(NO_DRIVER) and not number:
                 part.skip("suspended by the driver", problem.removeprefix(NO_DRIVER))
