@@ -32,10 +32,10 @@ FOLD = ("torch", "transformers", "pyhmmer", "openmm")
 PARTS = {
     "torch": Entry("framework", "framework tier, PyTorch: content, memory, bandwidth", ("torch",), 60, 20),
     "jax": Entry("framework", "framework tier, JAX: content, memory, bandwidth", ("jax",), 50, 20),
-    "driver": Entry("driver", "driver tier: content, addresses, memory, bandwidth, both tiers", ("torch",), 80, 25),
-    "graphs": Entry("graphs", "a captured CUDA graph: suspended by the driver, or holding", ("torch",), 45, 15),
-    "memory": Entry("memory", "out of memory beside a resident program: room is made", (), 60, 20),
-    "kills": Entry("kills", "kill -9 of programs and of the broker at every step", ("torch",), 60, 25),
-    "training": Entry("training", "a hundred evacuations of a training run: equal bit for bit", ("torch",), 40, 10),
+    "driver": Entry("driver", "driver tier: content, addresses, memory, bandwidth, both tiers", ("torch",), 70, 25),
+    "graphs": Entry("graphs", "a captured CUDA graph: suspended by the driver, or holding", ("torch",), 40, 15),
+    "memory": Entry("memory", "out of memory beside a resident program: room is made", (), 50, 20),
+    "kills": Entry("kills", "kill -9 of programs and of the broker at every step", ("torch",), 50, 25),
+    "training": Entry("training", "a hundred evacuations of a training run: equal bit for bit", ("torch",), 30, 10),
     "experiment": Entry("experiment", "folding jobs: one after the other, at once, with acb", FOLD, 170, 60),
 }  # fmt: skip
