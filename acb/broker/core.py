@@ -465,6 +465,8 @@ class Broker:
         if client.room_wanted:
             self._send(client.id, RoomAnswer(False, "it has asked for something else meanwhile"))
         client.room_wanted = max(1, message.resident + message.nbytes)
+        client.room_short = max(1, message.nbytes) if client.room_wanted <= client.headroom else 0
+        client.room_coming = False
         self.scheduler.touch(*client.gpus)
 
     # --- for tests and the status ------------------------------------------------------------------------------------

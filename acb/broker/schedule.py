@@ -225,6 +225,8 @@ class Scheduler:
         if wanted > capacity:
             reason = f"{what}, but its GPU has {format_size(capacity)}; ask for less"
             self._send(client.id, RoomAnswer(False, reason))
+        elif self._beyond_the_books(client, now):
+            return
         elif self._room.make_all([(gpu, client, wanted) for gpu in client.gpus], now):
             client.headroom = max(client.headroom, wanted)
             self._room.settle(client)
@@ -237,6 +239,18 @@ class Scheduler:
             )
             self._send(client.id, RoomAnswer(False, reason))
         client.room_wanted = 0
+
+    def _beyond_the_books(self, client: Client, now: float) -> bool:
+        """Whether others are to make way first for a client that came short of what it had been promised.
+
+        The books do not show all that lies on a GPU: contexts, what programs of nobody's hold. The client knows better.
+        """
+        if client.room_short:
+            short, client.room_short = client.room_short, 0
+            self._room.make_all([(gpu, client, self._room.free(gpu, client) + short) for gpu in client.gpus], now)
+            client.room_coming = True
+        client.room_coming = client.room_coming and any(self._room.coming(gpu, client) for gpu in client.gpus)
+        return client.room_coming
 
     def _admit(self, unit: Unit, now: float, *, overtaking: bool = False) -> Admission:
         """Let the unit in if it can be, else further it."""

@@ -131,6 +131,10 @@ class Client:
     stranded: str = ""
     """Why whatever it asks for waits for another broker: this one has not the GPU that it is bound to."""
     room_wanted: int = 0
+    room_short: int = 0
+    """Bytes by which it came short although it had been promised what it wants: others are still to make way for it."""
+    room_coming: bool = False
+    """They do."""
     came_at: float = 0.0
     asked_at: float = 0.0
     granted_at: float = 0.0

@@ -189,3 +189,34 @@ def test_the_gpu_benchmark_weighs_the_hooks(tmp_path: Path) -> None:
         for figures in found:
             assert figures["overhead_low"] <= figures["overhead"] <= figures["overhead_high"]
             assert figures["plain_us"] > 0
+
+
+def test_the_gpu_benchmark_moves_programs_by_a_simulated_driver(tmp_path: Path) -> None:
+    parts = on_a_simulated_gpu(tmp_path, "driver,graphs")
+    assert [row["question"] for row in parts["driver"]["rows"] if row["kind"] == "skipped"] == ["probe"]
+    assert [row["question"] for row in parts["graphs"]["rows"] if row["kind"] == "skipped"] == ["a captured CUDA graph"]
+    figures = parts["driver"]["figures"]
+    assert figures["64 MiB"]["freed"] >= figures["64 MiB"]["bytes"] == 64 << 20
+    assert {"64 MiB together"} <= set(figures)
+    passed = [row["question"] for row in parts["graphs"]["rows"] if row["kind"] == "passed"]
+    assert "evacuation is refused by name" in passed
+    assert "the driver suspends the program" in passed
+
+
+def test_the_gpu_benchmark_compares_a_training_run_with_itself(tmp_path: Path) -> None:
+    part = on_a_simulated_gpu(tmp_path, "training")["training"]
+    assert part["figures"]["equal"] is part["figures"]["steady"] is True
+    assert part["figures"]["evacuations"] == 10
+    assert {row["kind"] for row in part["rows"]} == {"passed"}
+
+
+def test_the_gpu_benchmark_skips_by_name_what_it_has_no_time_for(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--simulate", "--quick", "--out", str(tmp_path), "--limit", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [file] = tmp_path.glob("gpu-*.json")
+    parts = json.loads(file.read_text())["parts"]
+    assert list(parts) == list(PARTS)
+    for part in parts.values():
+        assert part["status"] == "skipped"
+        assert part["reason"].endswith("s of 1 s are left") or part["reason"].startswith("not installed"), part

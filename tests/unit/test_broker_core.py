@@ -461,6 +461,22 @@ def test_more_room_evicts_the_others_and_is_refused_when_it_cannot_be_had() -> N
     assert "1.1KiB" in room.reason
 
 
+def test_who_runs_short_of_what_was_promised_is_believed_and_others_make_way() -> None:
+    """The books show no contexts: by them there is room, and there is none."""
+    broker = _broker(3, hint=300)
+    for client in (1, 2):
+        broker.handle(client, Request(), 0.0)
+        broker.handle(client, Yield(300, 300), 0.0)
+    broker.handle(3, Request(), 0.0)
+    assert broker.handle(3, MoreRoom(300, 50), 0.1) == [(3, Room(True))]
+    assert broker.handle(3, MoreRoom(300, 50), 0.2) == [(1, Evacuate())]  # one of them is enough
+    assert broker.handle(1, Evacuated(0, 300, 0.1), 0.3) == [(3, Room(True))]
+    assert broker.handle(3, MoreRoom(300, 50), 0.4) == [(2, Evacuate())]
+    assert broker.handle(2, Evacuated(300, 0, 0.1, "no host memory"), 0.5) == [(3, Room(True))]
+    assert broker.handle(3, MoreRoom(300, 50), 0.6) == [(3, Room(True))]  # nobody is left: it shall see for itself
+    broker.check()
+
+
 def test_a_client_that_cannot_be_moved_may_overtake_the_one_it_keeps_out() -> None:
     broker = _broker(2)
     broker.handle(1, Request(), 0.0)
