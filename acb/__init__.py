@@ -12,7 +12,7 @@ from acb._version import __version__
 
 if TYPE_CHECKING:
     from acb.api import begin, end, gpu
-    from acb.client.runtime import LeaseRefused
+    from acb.client.refusal import LeaseRefused
 
 __all__ = ["LeaseRefused", "__version__", "begin", "end", "gpu"]
 
@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     if name == "LeaseRefused":
-        from acb.client.runtime import LeaseRefused
+        from acb.client.refusal import LeaseRefused
 
         return LeaseRefused
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -39,6 +39,8 @@ class gpu:
     """
 
     def __init__(self, memory: int | str | None = None) -> None:
+        if callable(memory):  # as a bare @acb.gpu: to a type checker, too, that is no decorator
+            raise TypeError(f"write `@acb.gpu()`, with parentheses, before {getattr(memory, '__name__', memory)}")
         self.memory = _bytes(memory)
 
     def __enter__(self) -> gpu:

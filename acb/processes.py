@@ -43,6 +43,11 @@ def start_time(pid: int) -> int | None:
     return int(fields[19])
 
 
+def stopped(pid: int) -> bool:
+    """Whether the process stands still, by Ctrl-Z, a SIGSTOP, or a debugger."""
+    return _stat(pid)[:1] in ([b"T"], [b"t"])
+
+
 def ending(pid: int) -> int | None:
     """A file descriptor that becomes readable when a process that is just ending has ended, with all that it held.
 

@@ -41,8 +41,9 @@ class Message:
 class Hello(Message):
     """The first packet of a client. After a broker's death it also tells the next one what the client holds.
 
-    `count` GPUs at once are asked for. A process that is one of `gang_size` which only run together, each on a GPU of
-    its own, names its `gang`, and its `rank` in it from 0. `gpu` is the ordinal of the GPU that the client is bound to,
+    `count` GPUs at once are asked for (0: not said, which is one). A process that is one of `gang_size` which only run
+    together, each on a GPU of its own, names its `gang`, and its `rank` in it from 0; if it says a count, too, that has
+    to be the gang's size. `gpu` is the ordinal of the GPU that the client is bound to,
     -1: none yet; of a client of several, the first, and `gpus` has all, as in Grant. Sizes are bytes on one GPU; of a
     client of several GPUs, on the fullest. What is learned is kept by `program`, else by the name: two programs of one
     file name need not be alike. `chosen`: the user has said which GPU, and it is to be no other.
@@ -60,7 +61,7 @@ class Hello(Message):
     peak: int = 0
     priority: int = 0
     weight: float = 1.0
-    count: int = 1
+    count: int = 0
     gpus: str = ""
     gang: str = ""
     gang_size: int = 0
@@ -97,7 +98,8 @@ class Yield(Message):
 class Evacuated(Message):
     """Answer to Evacuate: `resident` bytes are left on the GPU, `moved` are in host memory, after `seconds`.
 
-    A refusal has `moved` 0 and a `reason`; the client then keeps what it has (the hold tier).
+    With `more`, one piece is gone, and others follow; `moved` and `seconds` are each piece's own. A refusal has a
+    `reason`; the client then keeps what it still has (the hold tier).
     """
 
     type: ClassVar[str] = "evacuated"
@@ -105,6 +107,7 @@ class Evacuated(Message):
     moved: int = 0
     seconds: float = 0.0
     reason: str = ""
+    more: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,12 +169,16 @@ class AskStop(Message):
 
 @dataclass(frozen=True, slots=True)
 class Welcome(Message):
-    """Answer to Hello. Without `lease`, a client that said it holds one must stop at its gate and ask again."""
+    """Answer to Hello. Without `lease`, a client that said it holds one must stop at its gate and ask again.
+
+    `stranded`: why the client's requests will wait until there is another broker, in a sentence for a person.
+    """
 
     type: ClassVar[str] = "welcome"
     version: int
     client: int
     lease: bool = False
+    stranded: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +186,8 @@ class Grant(Message):
     """The lease of GPU `gpu` (of the name `visible` to CUDA_VISIBLE_DEVICES), with room for `headroom` bytes in all.
 
     `gpus`: the ordinals, separated by commas, of all GPUs that the process is to see, in the order of `visible`, when
-    they are more than one: those of a client of several GPUs, or of its gang.
+    they are more than one: those of a client of several GPUs, or of its gang. `coming`: so many bytes more of headroom
+    follow, with Headroom; until then the client may bring its memory back, as far as there is room, but not run.
     """
 
     type: ClassVar[str] = "grant"
@@ -187,6 +195,16 @@ class Grant(Message):
     visible: str
     headroom: int
     gpus: str = ""
+    coming: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Headroom(Message):
+    """More of the room that was `coming` with a Grant is there: `headroom` bytes in all, and so many still `coming`."""
+
+    type: ClassVar[str] = "headroom"
+    headroom: int
+    coming: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,9 +222,14 @@ class Revoke(Message):
 
 @dataclass(frozen=True, slots=True)
 class Evacuate(Message):
-    """Move the memory of this client, which holds no lease, to host memory; answered with Evacuated."""
+    """Move the memory of this client, which holds no lease, to host memory; answered with Evacuated.
+
+    `piece`: somebody waits to bring his own memory back: say so whenever about so many bytes are free; 0: only at the
+    end.
+    """
 
     type: ClassVar[str] = "evacuate"
+    piece: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +286,7 @@ _TYPES: dict[str, type[Message]] = {
     cls.type: cls
     for cls in (
         Hello, Request, Yield, Evacuated, Restored, Holds, MoreRoom, Pong, AskStatus, AskStop,
-        Welcome, Grant, Revoke, Evacuate, Uncontended, Ping, Room, Refused, Status, Goodbye,
+        Welcome, Grant, Headroom, Revoke, Evacuate, Uncontended, Ping, Room, Refused, Status, Goodbye,
     )
 }  # fmt: skip
 _INT_MAX = 1 << 62

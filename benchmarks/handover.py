@@ -32,9 +32,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from acb.protocol import MAX_PACKET, VERSION, Hello, Welcome, decode, encode
 from benchmarks import report
@@ -57,7 +57,7 @@ PACKET = b"x" * 64
 WARM_UP = 20
 """Rounds not counted."""
 
-PEER = "import sys; from benchmarks.handover import peer; peer(*map(int, sys.argv[1:]))"
+PEER = "import sys; from benchmarks.handover import peer; print(peer(*map(int, sys.argv[1:])))"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,51 +127,86 @@ def _connected(count: int, path: Path) -> Iterator[None]:
 
 def measure(rounds: int, others: int = 0) -> dict[str, Any]:
     """Run the two processes for so many rounds, with `others` connected; all figures in microseconds."""
+    with report.broker() as environment, _connected(others, Path(environment["ACB_RUNTIME_DIR"], "broker.sock")):
+        told = play(environment, [[sys.executable, "-c", PEER]] * 2, rounds)
+    return {**compare(told, rounds), "simulated": True}
+
+
+class Told(NamedTuple):
+    """What two processes have measured, in microseconds and in the order of the turns, those of the warm-up first.
+
+    `handovers` are from release to grant, `used` from release to the end of the first operation on the GPU: none where
+    they use it for nothing. `together`: round trips with both on one core. `intact`: whether what they hold on the GPU
+    is as it was.
+    """
+
+    handovers: list[float]
+    used: list[float]
+    trips: list[float]
+    together: list[float]
+    intact: bool = True
+
+
+def play(
+    environment: dict[str, str],
+    commands: Sequence[Sequence[str]],
+    *arguments: int,
+    patience: float | None = None,
+) -> Told:
+    """Have two processes pass a GPU to and fro (see peer()) in an `environment` in which they find their broker.
+
+    Each is given its end of a socket, its number and the `arguments`, of which the first is the number of rounds.
+    """
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with (
-        report.broker() as environment,
-        _connected(others, Path(environment["ACB_RUNTIME_DIR"], "broker.sock")),
-        ends[0],
-        ends[1],
-    ):
+    with ends[0], ends[1]:
         peers = [
             subprocess.Popen(
-                [sys.executable, "-c", PEER, str(end.fileno()), str(number), str(rounds)],
+                [*command, *map(str, (end.fileno(), number, *arguments))],
                 env=environment | {"ACB_NAME": f"peer{number}"},
                 pass_fds=[end.fileno()],
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            for number, end in enumerate(ends)
+            for number, (end, command) in enumerate(zip(ends, commands, strict=True))
         ]
         for end in ends:
             end.close()  # so that a peer whose partner dies sees it
         try:
-            told = [json.loads(process.communicate(timeout=60 + rounds * 0.1)[0] or "{}") for process in peers]
+            seconds = 60 + arguments[0] * 0.1 if patience is None else patience
+            told = [json.loads(process.communicate(timeout=seconds)[0] or "{}") for process in peers]
         finally:
             for process in peers:
                 process.kill()
                 process.wait()
     if any(process.returncode for process in peers):
         raise SystemExit("a process of the benchmark failed; see above")
-    released, granted, trips, together = (
-        told[0][key] | told[1][key] for key in ("released", "granted", "trips", "together")
+    released, granted, used, trips, together = (
+        told[0][key] | told[1][key] for key in ("released", "granted", "used", "trips", "together")
     )
-    turns = sorted(released, key=int)[WARM_UP:]
-    handovers = [(granted[n] - released[n]) / 1000 for n in turns]
-    trips = [trips[n] for n in turns]
-    one_core = report.percentiles([together[n] for n in turns[:rounds]])
+    turns = sorted(released, key=int)
+    return Told(
+        [(granted[turn] - released[turn]) / 1000 for turn in turns],
+        [(used[turn] - released[turn]) / 1000 for turn in turns if turn in used],
+        [trips[turn] for turn in turns],
+        [together[turn] for turn in turns],
+        all(one.get("intact", True) for one in told),
+    )
+
+
+def compare(told: Told, rounds: int) -> dict[str, Any]:
+    """The figures of so many rounds after the warm-up, and of those after that, which were rested."""
+    handovers, trips = told.handovers[WARM_UP:], told.trips[WARM_UP:]
+    one_core = report.percentiles(told.together[WARM_UP:][:rounds])
     return {
-        **_compare(handovers[:rounds], trips[:rounds]),
+        **_ratios(handovers[:rounds], trips[:rounds]),
         "roundtrip_one_core_us": one_core["p50"],
         "roundtrip_one_core_percentiles_us": one_core,
         "rounds": rounds,
-        "rested": {**_compare(handovers[rounds:], trips[rounds:]), "rounds": len(turns) - rounds, "rest_s": REST},
-        "simulated": True,
+        "rested": {**_ratios(handovers[rounds:], trips[rounds:]), "rounds": len(handovers) - rounds, "rest_s": REST},
     }
 
 
-def _compare(handovers: list[float], trips: list[float]) -> dict[str, Any]:
+def _ratios(handovers: list[float], trips: list[float]) -> dict[str, Any]:
     hand, trip = report.percentiles(handovers), report.percentiles(trips)
     return {
         "handover_us": hand["p50"],
@@ -202,8 +237,21 @@ class _Revoked:
         pass
 
 
-def peer(descriptor: int, number: int, rounds: int) -> None:
-    """One of the two processes. Whoever holds the GPU leads the round; number 0 begins. Prints its times as JSON."""
+def peer(
+    descriptor: int,
+    number: int,
+    rounds: int,
+    *,
+    warm_up: int = WARM_UP,
+    rested: int | None = None,
+    memory: int | None = None,
+    load: Callable[[], Callable[[], None]] | None = None,
+) -> str:
+    """One of the two processes. Whoever holds the GPU leads the round; number 0 begins. Its times, as JSON.
+
+    `rested`: how many rounds more with rest, by default RESTED_SHARE. `memory`: bytes that every phase asks for.
+    `load`, called once, in the first phase, gives an operation on the GPU, to be done after every grant.
+    """
     import acb
     from acb.client import runtime
 
@@ -212,19 +260,22 @@ def peer(descriptor: int, number: int, rounds: int) -> None:
     runtime.client().gate.add_listener(revoked)
     released: dict[int, int] = {}
     granted: dict[int, int] = {}
+    used: dict[int, int] = {}
     trips: dict[int, float] = {}
     together: dict[int, float] = {}
     available = sorted(os.sched_getaffinity(0))
     cores = (available[0], available[-1])
     os.sched_setaffinity(0, {cores[number]})
-    phase = acb.gpu()
-    hot = WARM_UP + rounds
-    total = hot + -(-rounds // RESTED_SHARE)
+    phase = acb.gpu(memory)
+    use: Callable[[], None] | None = None
+    hot = warm_up + rounds
+    total = hot + (-(-rounds // RESTED_SHARE) if rested is None else rested)
     for turn in range(total):
         rest = 0.0 if turn < hot else REST
         if turn % 2 == number:  # this process is to hold it first
             if turn == 0:
                 phase.__enter__()
+                use = load() if load else None
             revoked.heard.clear()
             link.send(b"wait at the gate")
             if not revoked.heard.wait(20):
@@ -239,6 +290,11 @@ def peer(descriptor: int, number: int, rounds: int) -> None:
                 raise SystemExit("the other process is gone")
             phase.__enter__()
             granted[turn] = time.monotonic_ns()
+            if load and use is None:
+                use = load()
+            elif use:
+                use()
+                used[turn] = time.monotonic_ns()
             time.sleep(rest)
             trips[turn] = _round_trip(link)
             os.sched_setaffinity(0, {cores[turn % 2]})
@@ -247,7 +303,8 @@ def peer(descriptor: int, number: int, rounds: int) -> None:
             link.send(b"on")
     if total % 2 == number:
         phase.__exit__(None, None, None)
-    json.dump({"released": released, "granted": granted, "trips": trips, "together": together}, sys.stdout)
+    told = {"released": released, "granted": granted, "used": used, "trips": trips, "together": together}
+    return json.dumps(told)
 
 
 def _round_trip(link: socket.socket) -> float:

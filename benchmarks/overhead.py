@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -29,9 +30,9 @@ import tempfile
 import time
 import timeit
 import venv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import report
 
@@ -191,7 +192,7 @@ def torch_step(repeats: int, environment: dict[str, str]) -> dict[str, Any]:
     if importlib.util.find_spec("torch") is None:
         return {"torch_step_overhead": None, "torch_stray_op_ns": None}
     figures: dict[str, Any] = {}
-    with Pair("torch", environment) as pair:
+    with Pair.on_the_cpu("torch", environment) as pair:
         one = statistics.median(pair.plain.ask({"do": "step", "layers": 8, "count": 100}))
         for ms in STEPS_MS:
             layers = max(1, round(8 * ms * 1e6 / one))
@@ -209,22 +210,35 @@ def jax_call(repeats: int, environment: dict[str, str]) -> dict[str, Any]:
     """`jax_call_overhead`: of a call on the C++ fast path, as a fraction; None without JAX."""
     if importlib.util.find_spec("jax") is None:
         return {"jax_call_overhead": None}
-    with Pair("jax", environment) as pair:
+    with Pair.on_the_cpu("jax", environment) as pair:
         compared = pair.compare({"do": "call", "count": CALLS}, repeats, CALLS)
     return {"jax_call_overhead": compared["overhead"], "jax_call": compared}
+
+
+class Start(NamedTuple):
+    """How a process of benchmarks.steps is started."""
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
 
 
 class Pair:
     """Two processes of benchmarks.steps, the one plain, the other gated by acb."""
 
-    def __init__(self, framework: str, environment: dict[str, str]) -> None:
+    def __init__(self, plain: Start, gated: Start) -> None:
+        self._stack = contextlib.ExitStack()
+        self.plain = self._stack.enter_context(_steps(*plain))
+        self.gated = self._stack.enter_context(_steps(*gated))
+
+    @classmethod
+    def on_the_cpu(cls, framework: str, environment: dict[str, str]) -> Pair:
+        """The tensors are the CPU's own, not a simulated GPU's, whose simulation costs far more than its gating."""
         from acb.launcher.environment import instrumented
 
-        # The tensors are the CPU's own, not a simulated GPU's, whose simulation costs far more than its gating.
         bare = {k: v for k, v in environment.items() if k not in ("ACB_SIMULATED", "PYTHONPATH")}
-        self._stack = contextlib.ExitStack()
-        self.plain = self._stack.enter_context(_steps(framework, "plain", bare))
-        self.gated = self._stack.enter_context(_steps(framework, "gated", instrumented(bare, {}, sys.executable)))
+        command = [sys.executable, "-m", "benchmarks.steps", framework]
+        gated = instrumented(bare, {}, sys.executable)
+        return cls(Start([*command, "plain"], bare), Start([*command, "gated"], gated))
 
     def __enter__(self) -> Pair:
         return self
@@ -233,7 +247,10 @@ class Pair:
         self._stack.close()
 
     def compare(self, wish: dict[str, Any], turns: int, divisor: int = 1) -> dict[str, float]:
-        """Have both do the same in turn; microseconds (of one in `divisor`) and the overhead as a fraction of 1."""
+        """Have both do the same in turn; microseconds (of one in `divisor`) and the overhead as a fraction of 1.
+
+        `overhead_low` to `overhead_high` is where the median of such ratios lies with 95 % confidence.
+        """
         plain: list[float] = []
         gated: list[float] = []
         for process in (self.plain, self.gated):
@@ -242,12 +259,23 @@ class Pair:
             order = [(self.plain, plain), (self.gated, gated)]
             for process, medians in order if turn % 2 else reversed(order):
                 medians.append(statistics.median(process.ask(wish)) / divisor / 1000)
+        ratios = sorted(g / p for g, p in zip(gated, plain, strict=True))
+        low, high = _median_within(len(ratios))
         return {
-            "overhead": statistics.median(g / p for g, p in zip(gated, plain, strict=True)) - 1,
+            "overhead": statistics.median(ratios) - 1,
+            "overhead_low": ratios[low] - 1,
+            "overhead_high": ratios[high] - 1,
+            "turns": turns,
             "overhead_of_minima": min(gated) / min(plain) - 1,
             "plain_us": statistics.median(plain),
             "gated_us": statistics.median(gated),
         }
+
+
+def _median_within(count: int) -> tuple[int, int]:
+    """Of so many sorted samples, those between which the median lies with 95 % confidence (order statistics)."""
+    reach = 0.98 * count**0.5
+    return max(0, math.floor(count / 2 - reach)), min(count - 1, math.ceil(count / 2 + reach) - 1)
 
 
 class Steps:
@@ -273,14 +301,9 @@ class Steps:
 
 
 @contextlib.contextmanager
-def _steps(framework: str, how: str, environment: dict[str, str]) -> Iterator[Steps]:
+def _steps(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[Steps]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.steps", framework, how],
-        env=environment,
-        cwd=report.ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
+        command, env=environment, cwd=report.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     with process:
         try:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from acb.client import runtime
+from acb.client.refusal import LeaseRefused
 from acb.devices.simulated import CardOutOfMemory
 from benchmarks.replay_card import Memory, Turn
 
@@ -159,7 +160,7 @@ def program(how: Brokered | TimeSliced, job: Sequence[tuple[str, float]]) -> dic
                 late = how.cpu(seconds - late)
     except CardOutOfMemory:
         outcome = "out of memory"
-    except runtime.LeaseRefused as refusal:
+    except LeaseRefused as refusal:
         outcome = f"refused: {refusal}"
     end = time.monotonic()
     return {

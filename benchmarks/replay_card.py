@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from acb.client import runtime
@@ -21,7 +21,7 @@ class Memory:
         self.nbytes = nbytes
         self.card: Card | None = None
         self._directory = directory
-        self._on_host = False
+        self._on_host = 0  # bytes
 
     def bind(self, gpu: int) -> Card:
         """The card of this GPU; another one than before only while nothing lies there."""
@@ -56,27 +56,31 @@ class Memory:
         if self.card:
             self.card.reset_peak()
 
-    def evacuate(self) -> int:
-        if self.card is None or not self.card.held():
-            return 0
-        if self._on_host:
-            raise EvacuationError("its memory is in two places")
-        self.card.copied(self.nbytes)
-        self.card.free(self.nbytes)
-        self._on_host = True
-        return self.nbytes
+    def evacuation(self, piece: int = 0) -> Generator[int]:
+        held = self.card.held() if self.card else 0
+        if self.card is None or held + self._on_host not in (0, self.nbytes):
+            raise EvacuationError("not all of its memory is to be found")
+        yield 0
+        while held:
+            nbytes = min(piece or held, held)
+            self.card.copied(nbytes)
+            self.card.free(nbytes)
+            held -= nbytes
+            self._on_host += nbytes
+            yield nbytes
 
-    def restore(self) -> int:
-        if not self._on_host:
+    def restore(self, limit: int | None = None) -> int:
+        nbytes = self._on_host if limit is None else min(limit, self._on_host)
+        if not nbytes:
             return 0
         card = self.bind(runtime.client().gpu or 0)
         try:
-            card.allocate(self.nbytes)
+            card.allocate(nbytes)
         except CardOutOfMemory as error:
             raise MemoryError(str(error)) from None
-        card.copied(self.nbytes)
-        self._on_host = False
-        return self.nbytes
+        card.copied(nbytes)
+        self._on_host -= nbytes
+        return nbytes
 
 
 class Turn:

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 """The checkout: subprocesses of the benchmarks run with it first on their PYTHONPATH."""
 
 
-WIDTH = 180
-"""Characters that a table before the closing one may take, however narrow the terminal."""
+WIDTH = 120
+"""Characters that a table before the closing one should fit into; it takes what it needs, whatever the terminal has."""
 
 
 class Row(NamedTuple):
@@ -90,9 +90,8 @@ def publish(title: str, rows: Sequence[Row], figures: dict[str, Any], file: Path
     from rich.console import Console
     from rich.table import Table
 
-    here = machine()
     if file is not None:
-        file.write_text(json.dumps({**figures, "machine": here}, indent=2) + "\n")
+        file.write_text(json.dumps({**figures, "machine": machine()}, indent=2) + "\n")
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     table.add_column("question", overflow="fold")
     table.add_column("figure", justify="right", no_wrap=True)
@@ -101,9 +100,16 @@ def publish(title: str, rows: Sequence[Row], figures: dict[str, Any], file: Path
     for row in rows:
         verdict = "" if row.met is None else "[green]met[/] " if row.met else "[red]missed[/] "
         table.add_row(row.question, row.figure, row.target or "", verdict + row.remark)
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(
+    Console(highlight=False).print(table)
+    print_machine()
+
+
+def print_machine() -> None:
+    """Print on what machine the figures are from."""
+    from rich.console import Console
+
+    here = machine()
+    Console(highlight=False).print(
         f"on {here['cores']} cores of {here['cpu']} (load {here['load']:.1f}), Linux {here['kernel']}, "
         f"Python {here['python']}",
         soft_wrap=True,
@@ -121,7 +127,8 @@ def show(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> 
         table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
     for line in lines:
         table.add_row(*line)
-    Console(highlight=False, width=max(WIDTH, shutil.get_terminal_size().columns)).print(table)
+    needed = Console(width=10 * WIDTH).measure(table).maximum
+    Console(highlight=False, width=max(WIDTH, needed, shutil.get_terminal_size().columns)).print(table)
 
 
 @contextlib.contextmanager

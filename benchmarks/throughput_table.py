@@ -11,7 +11,7 @@ PROMISED = {False: 0.97, True: 0.90}
 
 
 def publish(rows: list[dict[str, Any]]) -> None:
-    """Print both tables, the promises last."""
+    """Print the table, and at last the promises, if any of the settings that they are about was run."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -42,7 +42,11 @@ def publish(rows: list[dict[str, Any]]) -> None:
         "job; ideal: first come, first served, for these phases, if deciding took no time; OOM: out of memory",
         soft_wrap=True,
     )
-    report.publish("What was promised", [*_promises(plain), *_remarks(rows)], {}, None)
+    promises, remarks = _promises(plain), _remarks(rows)
+    if promises or remarks:
+        report.publish("What was promised" if promises else "Other settings", [*promises, *remarks], {}, None)
+    else:
+        report.print_machine()
 
 
 def _cell(row: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Hook = Callable[[ModuleType], object]
 
-FRAMEWORKS = {"torch": "acb.hooks.torch", "jax": "acb.hooks.jax"}
+FRAMEWORKS = {"torch": "acb.hooks.torch", "jax": "acb.hooks.jax", "triton": "acb.hooks.triton"}
 """A framework's top module, and the module of acb whose ``install(module)`` instruments it."""
 
 

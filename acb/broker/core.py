@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from acb.broker import invariants
@@ -171,6 +172,7 @@ class Broker:
                 client.refusal = f"the driver cannot bring back the memory of process {client.pid}: {problem}"
                 client.resuming = client.lease = False
                 del self._room.suspended[client.id]
+                client.promised = 0
                 for gpu in client.gpus:
                     gpu.holders.discard(client.id)
                 self._room.settle(client)
@@ -281,8 +283,12 @@ class Broker:
         client.came_at = client.yielded_at = now
         self.clients[client_id] = client
         self.recovering.discard(hello.pid)
+        missing = [n for n in _ordinals(hello) if n not in self._by_ordinal] if hello.gpu >= 0 else []
+        if missing:
+            client.stranded = self._stranded(client, missing)
+            hello = replace(hello, gang="")  # the others may still run together, without it
         self._join(client, hello, now)
-        gpus = [self._by_ordinal[n] for n in _ordinals(hello) if n in self._by_ordinal]
+        gpus = [] if missing else [self._by_ordinal[n] for n in _ordinals(hello) if n in self._by_ordinal]
         if not client.unit.gpus and len(gpus) == client.unit.size:
             self.scheduler.place(client.unit, gpus, bound=True)
         if client.gpus and hello.gpu >= 0:
@@ -291,7 +297,16 @@ class Broker:
             if hello.holding:
                 self.scheduler.resume(client, now)
         self.scheduler.touch(*client.gpus)
-        self._send(client_id, Welcome(VERSION, client_id, lease=client.lease))
+        self._send(client_id, Welcome(VERSION, client_id, lease=client.lease, stranded=client.stranded))
+
+    def _stranded(self, client: Client, missing: list[int]) -> str:
+        """What to tell a client that is bound to GPUs which are not lent: its memory is there, and it sees no other."""
+        which = "GPU " + " and ".join(map(str, missing))
+        needed = ",".join(str(n) for n in sorted({*self._by_ordinal, *missing}))
+        return (
+            f"process {client.pid} is bound to {which}, which this broker does not lend, and waits for one that does; "
+            f"run: gpu_assigner stop, then: gpu_assigner start, with --gpu-list {needed}"
+        )
 
     def _join(self, client: Client, hello: Hello, now: float) -> None:
         """Find the client's unit, or make it one."""
@@ -312,10 +327,10 @@ class Broker:
             unit = Unit(size, gang, min(1000, max(-1000, hello.priority)), weight)
             if gang:
                 self._gangs[gang] = unit
-        if gang and hello.count not in (1, hello.gang_size):
+        if gang and hello.count not in (0, hello.gang_size):
             client.refusal = (
                 f"process {client.pid} was started with --gpus {hello.count} and is one of {hello.gang_size} that run "
-                f"together; leave --gpus out, or make it {hello.gang_size}"
+                f"together, each on a GPU of its own; leave --gpus out, or make it {hello.gang_size}"
             )
         client.rank = hello.rank if gang else 0
         client.unit = unit
@@ -364,6 +379,9 @@ class Broker:
         if client.lease or client.waiting:
             return  # the client's thread was faster than the answer
         client.need = max(0, request.need)
+        if client.stranded:
+            client.waiting, client.asked_at = True, now  # in no line
+            return
         refusal = self._impossible(client)
         if refusal:
             self._send(client.id, Refused(refusal))
@@ -382,16 +400,23 @@ class Broker:
         if unit.gang:
             what += f", one of {unit.size} that run together,"
         if unit.size > len(self.gpus):
-            return f"{what} asks for {unit.size} GPUs at once, but the broker has {len(self.gpus)}"
+            return (
+                f"{what} asks for {unit.size} GPUs at once, but the broker has {len(self.gpus)}; "
+                f"{'start fewer' if unit.gang else 'ask for less'}, or start a broker with more"
+            )
         floor = self._room.floor(client)
         sizes = sorted((gpu.capacity for gpu in client.gpus or self.gpus), reverse=True)
         largest = sizes[(len(sizes) if client.gpus else unit.size) - 1]
         if floor <= largest:
             return ""
+        advice = "ask for less, or start a broker with larger ones"
         if unit.size > 1 and not client.gpus:
             size = format_size(floor)
-            return f"{what} asks for {size} on each of {unit.size} GPUs, but the broker has not so many so large"
-        return f"{what} asks for {format_size(floor)} of GPU memory, but the largest GPU has {format_size(largest)}"
+            return (
+                f"{what} asks for {size} on each of {unit.size} GPUs, but the broker has not so many so large; {advice}"
+            )
+        size = format_size(largest)
+        return f"{what} asks for {format_size(floor)} of GPU memory, but the largest GPU has {size}; {advice}"
 
     def _wait(self, client: Client, now: float) -> None:
         client.waiting, client.asked_at = True, now
@@ -404,7 +429,8 @@ class Broker:
         for gpu in client.gpus:
             gpu.holders.discard(client.id)
         client.lease = client.revoked = False
-        client.headroom, client.need, client.yielded_at, client.gap = 0, 0, now, not message.wants
+        client.headroom, client.need, client.promised = 0, 0, 0
+        client.yielded_at, client.gap = now, not message.wants
         client.driver_problem = ""  # that was then
         self._room.cannot_move(client, "")
         lease = now - client.started_at
@@ -445,15 +471,16 @@ class Broker:
             self._wait(client, now)
 
     def _evacuated(self, client: Client, message: Evacuated, now: float) -> None:
-        if not client.evacuating:
+        if not client.evacuating or client.suspending:
             return
-        client.evacuating = False
         client.resident = min(client.resident, max(0, message.resident))
         capacity = min(gpu.capacity for gpu in client.gpus)
         client.evacuated = min(capacity, client.evacuated + max(0, message.moved))
-        self._room.cannot_move(client, message.reason)
-        client.emptied = not message.reason
-        client.evacuation_seconds = max(0.0, message.seconds)
+        client.evacuation_seconds += max(0.0, message.seconds)
+        client.evacuating = client.in_pieces = message.more
+        if not message.more:
+            self._room.cannot_move(client, message.reason)
+            client.emptied = not message.reason
         self._room.settle(client)
         self.scheduler.requeue(client.unit, now)
         self.scheduler.touch(*client.gpus)
@@ -465,6 +492,7 @@ class Broker:
         client.evacuated = 0
         client.started_at = now
         client.profile.swapped(message.moved, client.evacuation_seconds + max(0.0, message.seconds))
+        client.evacuation_seconds = 0.0
         self.scheduler.touch(*client.gpus, *self._room.host_memory_freed())
 
     def _holds(self, client: Client, message: Holds, now: float) -> None:
@@ -481,6 +509,8 @@ class Broker:
         if client.room_wanted:
             self._send(client.id, RoomAnswer(False, "it has asked for something else meanwhile"))
         client.room_wanted = max(1, message.resident + message.nbytes)
+        client.room_short = max(1, message.nbytes) if client.room_wanted <= client.headroom else 0
+        client.room_coming = False
         self.scheduler.touch(*client.gpus)
 
     # --- for tests and the status ------------------------------------------------------------------------------------

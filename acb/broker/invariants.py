@@ -2,11 +2,13 @@
 
 - a GPU never has more units running than slots, and a unit runs on all its GPUs or on none;
 - what holders may use (their headroom) and what others still have there (their resident bytes) fit its capacity;
-- nobody is granted while an evacuation that its room needs is under way (follows from the one above, since memory
-  counts as resident until its evacuation is acknowledged);
-- every request is granted, refused, or its client is gone: a unit with a waiting member is in the line of each of its
-  GPUs, and whenever somebody waits, something is under way that will let him in (a revoked holder, an evacuation,
-  somebody before him) or a client that cannot be moved keeps the room;
+- nobody runs while an evacuation that its room needs is under way (follows from the one above, since memory counts as
+  resident until its evacuation is acknowledged); who has the lease earlier, to bring its memory back piece by piece,
+  waits for an evacuation that is under way;
+- every request is granted, refused, or its client is gone, but for those that are bound to a GPU that is not lent: a
+  unit with a waiting member is in the line of each of its GPUs, and whenever somebody waits, something is under way
+  that will let him in (a revoked holder, an evacuation, somebody before him) or a client that cannot be moved keeps
+  the room;
 - a GPU with a free slot stands idle for nobody's sake but of one that cannot be let in yet;
 - the answers to MoreRoom are never forgotten;
 - a client goes to another GPU only while all that it has is on the host, and only to one of the same kind and size; and
@@ -35,7 +37,11 @@ def check(broker: Broker) -> None:
             _gpu(gpu, broker)
         for client in broker.clients.values():
             _client(client, broker)
-            if client.waiting and not broker.recovering:
+            if client.promised and not broker.recovering:
+                assert any(_moves(gpu, client) for gpu in client.gpus), (
+                    f"nothing comes that client {client.id} waits for"
+                )
+            if client.waiting and not client.stranded and not broker.recovering:
                 assert _progress(client, broker), f"client {client.id} waits for nothing"
     except AssertionError as error:
         raise InvariantError(f"{error}\n" + "\n".join(broker.log)) from None
@@ -76,8 +82,12 @@ def _client(client: Client, broker: Broker) -> None:
         assert migration.alike(client.origin, client.gpus[0]), "the driver cannot bring it there"
         assert client.origin is not client.gpus[0], "comes from where it is"
         assert not client.chosen or client.stays, "is taken from the GPU that its user has chosen"
+    assert not client.in_pieces or client.evacuating, "is done, and still evacuates"
+    assert not client.promised or client.lease, "was promised room without a lease"
+    assert not client.promised or client.promised > client.headroom, "was promised what it has"
     assert not client.room_wanted or client.lease, "wants room without a lease"
-    assert not client.waiting or client.unit.queued or client.unit.active, "waits in no line"
+    assert not client.waiting or client.stranded or client.unit.queued or client.unit.active, "waits in no line"
+    assert not (client.stranded and client.gpus), "is bound to two places"
     assert not (client.unit.queued and client.unit.active), "waits in line and runs"
     assert client.booked == client.books(), "the client's memory is not booked"
     if client.unit.queued:

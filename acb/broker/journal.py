@@ -10,10 +10,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from acb.processes import start_time
+
+
+def as_typed(options: Mapping[str, Any]) -> str:
+    """A broker's options as one would type them."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None)
 
 
 class Suspended(NamedTuple):

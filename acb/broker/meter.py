@@ -32,25 +32,34 @@ class Meter:
     def look(self, gpus: list[Gpu], now: float) -> Iterator[tuple[int, int]]:
         """(client's id, bytes) where the device says otherwise than the books; ask after due()."""
         self._next = now + EVERY
-        held: dict[int, int] = {}
-        clients: dict[int, Client] = {}
-        for gpu in gpus:
-            idle = [client for client in gpu.occupants.values() if _idle(client)]
-            if not idle:
-                continue
-            try:
-                found = self._processes(gpu.visible)
-            except Exception as error:  # whatever a driver does, the broker goes on
-                self.problem = str(error) or type(error).__name__
-                return
-            for client in idle:
+        occupants = {gpu: [client for client in gpu.occupants.values() if _idle(client)] for gpu in gpus}
+        try:
+            held = self._ask(occupants)
+        except Exception as error:  # whatever a driver does, the broker goes on
+            self.problem = str(error) or type(error).__name__
+            return
+        for client, nbytes in held.items():
+            if client.resident != nbytes:
+                yield client.id, nbytes
+
+    def held(self, gpus: list[Gpu]) -> dict[int, int]:
+        """The bytes that all clients, by id, have at this moment, as far as the device says; for a person to see."""
+        occupants = {gpu: list(gpu.occupants.values()) for gpu in gpus}
+        try:
+            return {} if self.problem else {client.id: nbytes for client, nbytes in self._ask(occupants).items()}
+        except Exception:
+            return {}
+
+    def _ask(self, occupants: Mapping[Gpu, list[Client]]) -> dict[Client, int]:
+        """The bytes that these clients have on their fullest GPU, as far as the device says."""
+        held: dict[Client, int] = {}
+        for gpu, clients in occupants.items():
+            found = self._processes(gpu.visible) if clients else {}
+            for client in clients:
                 nbytes = found.get(client.pid)  # a process of another pid namespace is not found
                 if nbytes is not None:
-                    held[client.id] = max(held.get(client.id, 0), nbytes)
-                    clients[client.id] = client
-        for number, nbytes in held.items():
-            if clients[number].resident != nbytes:
-                yield number, nbytes
+                    held[client] = max(held.get(client, 0), nbytes)
+        return held
 
 
 def _idle(client: Client) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
+from acb import processes
 from acb._version import __version__
 from acb.broker.core import Broker, Client, Gpu
 from acb.protocol import MAX_PACKET, VERSION, Status
@@ -16,21 +18,25 @@ REASON_LENGTH = 200
 """Characters of why a client could not be evacuated."""
 
 
-def status(core: Broker, head: dict[str, Any], after: int, now: float) -> Status:
-    """`head` and the core's view, when it is the first packet, and the clients with ids above `after` that fit."""
+def status(core: Broker, head: dict[str, Any], after: int, now: float, held: Mapping[int, int]) -> Status:
+    """`head` and the core's view, when it is the first packet, and the clients with ids above `after` that fit.
+
+    `held`: the bytes that clients have on the GPU at this moment, where the device says; for the others, what they have
+    last said counts.
+    """
     whole: dict[str, Any] = {}
     if not after:
         whole = {
             "version": __version__,
             "protocol": VERSION,
             "scheduler": core.policy.name,
-            "gpus": [_gpu(gpu, core) for gpu in core.gpus],
+            "gpus": [_gpu(gpu, core, held) for gpu in core.gpus],
             **head,
         }
     clients: list[dict[str, Any]] = []
     size = 0
     for number in sorted(number for number in core.clients if number > after):
-        client = _client(core.clients[number], now)
+        client = _client(core.clients[number], now, held)
         size += len(json.dumps(client))
         if size > STATUS_SIZE:
             return Status(whole, clients, more=True)
@@ -43,7 +49,7 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
-def _gpu(gpu: Gpu, core: Broker) -> dict[str, Any]:
+def _gpu(gpu: Gpu, core: Broker, held: Mapping[int, int]) -> dict[str, Any]:
     clients = [core.clients[i] for i in gpu.bound]
     return {
         "ordinal": gpu.ordinal,
@@ -51,13 +57,14 @@ def _gpu(gpu: Gpu, core: Broker) -> dict[str, Any]:
         "capacity": gpu.capacity,
         "slots": gpu.slots,
         "load": round(gpu.load, 2),
-        "resident": sum(c.resident for c in clients),
+        "resident": sum(held.get(c.id, c.resident) for c in clients),
         "headroom": sum(c.headroom for c in clients if c.lease),
         "holders": [core.clients[i].pid for i in sorted(gpu.holders)],
     }
 
 
-def _client(client: Client, now: float) -> dict[str, Any]:
+def _client(client: Client, now: float, held: Mapping[int, int]) -> dict[str, Any]:
+    resident = held.get(client.id, client.resident)
     return {
         "id": client.id,
         "pid": client.pid,
@@ -68,13 +75,25 @@ def _client(client: Client, now: float) -> dict[str, Any]:
         "gang": client.unit.gang or None,
         "priority": client.unit.priority,
         "weight": client.unit.weight,
-        "resident": client.resident,
+        "resident": resident,
         "evacuated": client.evacuated,
-        "peak": client.peak,
+        "peak": max(client.peak, resident),
         "headroom": client.headroom,
         "waiting_s": round(now - client.asked_at, 3) if client.waiting else None,
         "leased_s": round(now - client.granted_at, 3) if client.lease else None,
+        "state_s": round(now - _since(client), 3),
         "revoked": client.revoked,
         "suspended": client.suspended,
+        "stopped": (client.lease or client.evacuating) and processes.stopped(client.pid),
         "unmovable": printable(client.unmovable[:REASON_LENGTH]) or None,
+        "stranded": client.stranded or None,
     }
+
+
+def _since(client: Client) -> float:
+    """When its state began; of one that neither waits nor has the lease, when it gave the last one back, or came."""
+    if client.evacuating:
+        return client.evacuation_at
+    if client.lease:
+        return client.granted_at
+    return client.asked_at if client.waiting else client.yielded_at

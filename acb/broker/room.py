@@ -17,6 +17,14 @@ asked for then, so until the peak has settled the client gets the whole GPU.
 """
 
 
+PIECES = 8
+"""Into so many pieces a client's memory is divided when somebody else's comes in behind it: of the time that copying
+out and then in would take, nine sixteenths are left."""
+
+MIN_PIECE, MAX_PIECE = 64 << 20, 1 << 30
+"""Bytes: each piece costs some milliseconds by itself, to wait for its copies and to give memory back to the driver."""
+
+
 class Room:
     """The memory of all GPUs. Every change of what a client has is followed by settle()."""
 
@@ -91,10 +99,10 @@ class Room:
         Nothing is known: the whole GPU, less what others cannot take with them when they are evacuated.
         """
         own = client.booked if gpu in client.gpus else (0, 0, 0)
-        left_behind, unmovable = gpu.left_behind - own[1], gpu.unmovable - own[2]
+        unmovable = gpu.unmovable - own[2]
         # Who cannot be moved may stay for ever: most of a GPU is better than waiting for all of it.
-        if 2 * unmovable <= gpu.capacity:
-            left_behind += unmovable
+        staying = unmovable if 2 * unmovable <= gpu.capacity else 0
+        left_behind = gpu.left_behind - own[1] + staying
         peak = client.peak
         if not (client.hint or client.need or client.steady >= STEADY):
             known = client.profile.peak_bytes()
@@ -104,7 +112,10 @@ class Room:
         floor = self.floor(client)
         most = gpu.capacity - left_behind
         if self.driver and floor > most:
-            most = min(gpu.capacity, floor)  # contexts, too, can make way, where they must
+            # Contexts, too, can make way, where they must: those that the driver has not failed to move.
+            others = [other for other in gpu.occupants.values() if other is not client and other.driver_problem]
+            staying += sum([other.resident for other in others if other.emptied and not other.lease])
+            most = max(most, min(gpu.capacity - staying, floor))
         return min(most, max(floor, int(peak * MARGIN)))
 
     @staticmethod
@@ -129,7 +140,7 @@ class Room:
                 break
             victim.evacuating, victim.evacuation_at = True, now
             room += victim.resident
-            self._send(victim.id, Evacuate())
+            self._send(victim.id, Evacuate(self._piece(gpu, client, victim)))
         if self.driver and want > room:
             left = [o for o in others if o.resident and (o.unmovable or o.emptied) and not (o.lease or o.evacuating)]
             for victim in self._policy.victims([o for o in left if not o.driver_problem], now):
@@ -140,6 +151,22 @@ class Room:
                 room += victim.resident
                 self._send(victim.id, Suspend())
         return False
+
+    @staticmethod
+    def _piece(gpu: Gpu, client: Client, victim: Client) -> int:
+        """Bytes after which the victim is to say what is free already; 0: the client has no use for a part."""
+        if not Room.follows(gpu, client):
+            return 0
+        return min(MAX_PIECE, max(MIN_PIECE, victim.resident // PIECES))
+
+    @staticmethod
+    def follows(gpu: Gpu, client: Client) -> bool:
+        """Whether the client can bring its memory back piece by piece, while others leave the GPU.
+
+        Not beside other holders, who could be given what it waits for; not on several GPUs, which empty unevenly; and
+        not what the driver has moved, which comes back as a whole.
+        """
+        return bool(client.evacuated) and not client.suspended and gpu.slots == 1 and client.unit.size == 1
 
     def make_all(self, needs: Sequence[tuple[Gpu, Client, int]], now: float) -> bool:
         """As make(), for several; where the first cannot be met, the others are furthered all the same."""

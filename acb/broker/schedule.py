@@ -20,7 +20,7 @@ from acb.broker.policies.base import MAX_QUANTUM, swap_seconds
 from acb.broker.room import Room
 from acb.broker.state import Client, Gpu, Unit
 from acb.config import format_size
-from acb.protocol import Grant, Message, Revoke, Uncontended
+from acb.protocol import Grant, Headroom, Message, Revoke, Uncontended
 from acb.protocol import Room as RoomAnswer
 
 PATIENCE = 0.25
@@ -189,7 +189,9 @@ class Scheduler:
         """Answer those who run there; then let in whoever is next while it fits, else make way for him."""
         for running in gpu.units:
             for client in running.members.values():
-                if client.room_wanted and gpu in client.gpus:
+                if client.promised:
+                    self._advance(client, gpu, now)
+                if client.room_wanted and not client.promised and gpu in client.gpus:
                     self._answer_room(client, now)
                 elif client.waiting and gpu in client.gpus and client.id not in self._paused:
                     self._admit_member(client, now)
@@ -219,9 +221,12 @@ class Scheduler:
     def _answer_room(self, client: Client, now: float) -> None:
         """Grant, refuse or further the request of a running client for more room."""
         wanted, capacity = client.room_wanted, min(gpu.capacity for gpu in client.gpus)
+        what = f"process {client.pid} asks for {format_size(wanted)} of GPU memory in all"
         if wanted > capacity:
-            reason = f"{format_size(wanted)} are more than the GPU's {format_size(capacity)}"
+            reason = f"{what}, but its GPU has {format_size(capacity)}; ask for less"
             self._send(client.id, RoomAnswer(False, reason))
+        elif self._beyond_the_books(client, now):
+            return
         elif self._room.make_all([(gpu, client, wanted) for gpu in client.gpus], now):
             client.headroom = max(client.headroom, wanted)
             self._room.settle(client)
@@ -229,9 +234,23 @@ class Scheduler:
         elif any(self._room.coming(gpu, client) for gpu in client.gpus):
             return
         else:
-            reason = "the rest of the GPU is held by clients that cannot be evacuated"
+            reason = (
+                f"{what}, but programs that cannot be evacuated hold the rest; ask for less, or when they have ended"
+            )
             self._send(client.id, RoomAnswer(False, reason))
         client.room_wanted = 0
+
+    def _beyond_the_books(self, client: Client, now: float) -> bool:
+        """Whether others are to make way first for a client that came short of what it had been promised.
+
+        The books do not show all that lies on a GPU: contexts, what programs of nobody's hold. The client knows better.
+        """
+        if client.room_short:
+            short, client.room_short = client.room_short, 0
+            self._room.make_all([(gpu, client, self._room.free(gpu, client) + short) for gpu in client.gpus], now)
+            client.room_coming = True
+        client.room_coming = client.room_coming and any(self._room.coming(gpu, client) for gpu in client.gpus)
+        return client.room_coming
 
     def _admit(self, unit: Unit, now: float, *, overtaking: bool = False) -> Admission:
         """Let the unit in if it can be, else further it."""
@@ -243,10 +262,12 @@ class Scheduler:
             return Admission.COMING
         if not self._room.make_all([(gpu, client, self._room.want(client, gpu)) for gpu, client in wanting], now):
             if any(self._room.coming(gpu, client) for gpu, client in wanting):
-                return Admission.COMING
-            floors = [(gpu, client, self._room.floor(client)) for gpu, client in wanting]
-            if any(floor == 0 or floor > self._room.free(gpu, client) for gpu, client, floor in floors):
-                return Admission.STUCK
+                if overtaking or not self._follow(*wanting[0]):
+                    return Admission.COMING
+            else:
+                floors = [(gpu, client, self._room.floor(client)) for gpu, client in wanting]
+                if any(floor == 0 or floor > self._room.free(gpu, client) for gpu, client, floor in floors):
+                    return Admission.STUCK
         unit.queued, unit.ticket = False, unit.ticket + 1
         unit.active = unit.bound = True
         unit.granted_at, unit.preempt_at, unit.contender = now, None, None
@@ -257,6 +278,30 @@ class Scheduler:
         if unit.size > 1:
             self.touch(*unit.gpus)  # there, too, somebody else is the first now
         return Admission.GRANTED
+
+    def _follow(self, gpu: Gpu, client: Client) -> bool:
+        """Whether the client may come in behind those who are leaving: it can, a piece is there, and all will be."""
+        leaving = [other for other in gpu.occupants.values() if other.evacuating and other is not client]
+        want = self._room.want(client, gpu)
+        if (
+            not self._room.follows(gpu, client)
+            or not any(other.in_pieces for other in leaving)
+            or want > self._room.free(gpu, client) + sum([other.resident for other in leaving])
+        ):
+            return False
+        client.promised = want
+        return True
+
+    def _advance(self, client: Client, gpu: Gpu, now: float) -> None:
+        """Hand a client that brings its memory back what others have left since; at last with what there is."""
+        promised = min(client.promised, max(client.headroom, self._room.want(client, gpu)))
+        complete = self._room.make(gpu, client, promised, now)
+        headroom = max(client.headroom, min(promised, self._room.free(gpu, client)))
+        client.promised = promised if not complete and self._room.coming(gpu, client) else 0
+        if headroom > client.headroom or not client.promised:
+            client.headroom = headroom
+            self._room.settle(client)
+            self._send(client.id, Headroom(headroom, max(0, client.promised - headroom)))
 
     def _admit_member(self, client: Client, now: float) -> None:
         """Let in a member of a gang that runs; at worst with the room that there is."""
@@ -289,7 +334,8 @@ class Scheduler:
         several = len(unit.gpus) > 1
         visible = ",".join([gpu.visible for gpu in unit.gpus]) if several else gpus[0].visible
         ordinals = ",".join([str(gpu.ordinal) for gpu in unit.gpus]) if several else ""
-        self._send(client.id, Grant(gpus[0].ordinal, visible, client.headroom, ordinals))
+        coming = max(0, client.promised - client.headroom)
+        self._send(client.id, Grant(gpus[0].ordinal, visible, client.headroom, ordinals, coming))
 
     def resumed(self, client: Client, now: float) -> None:
         """The driver has brought the memory of a client that has the lease back: now it may go on."""

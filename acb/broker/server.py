@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import os
 import select
 import signal
@@ -17,16 +16,19 @@ from pathlib import Path
 from typing import Protocol
 
 from acb import processes
+from acb._version import __version__
 from acb.broker import report
 from acb.broker.core import Broker, Gpu, Send
 from acb.broker.drivertier import DriverTier
 from acb.broker.history import History
-from acb.broker.journal import Journal
+from acb.broker.journal import Journal, as_typed
 from acb.broker.liveness import Liveness
+from acb.broker.log import log, log_event
 from acb.broker.meter import Meter
 from acb.broker.metrics import Metrics
 from acb.broker.policies import POLICIES
 from acb.broker.state import Resume, Suspend
+from acb.broker.stopped import Stopped, words
 from acb.protocol import (
     MAX_PACKET,
     AskStatus,
@@ -58,9 +60,6 @@ PROGRAM_LENGTH = 500
 
 LAST_WORDS = 16
 """Packets that the broker still takes from each client when it ends."""
-
-LOG_LINES = 10_000
-"""So much is logged in a broker's life: whoever floods it must not fill the disk."""
 
 
 class Referee(Protocol):
@@ -96,6 +95,7 @@ class Server:
         self._driver = driver
         self._meter = meter
         self._liveness = Liveness()
+        self._stopped = Stopped()
         self._referees = {gpu.ordinal: referee for gpu, referee in zip(gpus, referees, strict=False)}
         self._metrics = Metrics()
         self._description = description
@@ -105,7 +105,7 @@ class Server:
         self._poller = select.epoll()
         self._by_descriptor: dict[int, Connection] = {}
         self._buffer = memoryview(bytearray(MAX_PACKET + 1))
-        self._stopping = False
+        self._stopping = ""  # by what
         self._recover_until: float | None = None
         self._holders: list[set[int] | None] = [None for _ in gpus]  # as the referees were told; None: not yet
         self._ending: dict[int, Connection] = {}  # by a descriptor that tells of the end of a client's process
@@ -130,6 +130,8 @@ class Server:
             self._core.recover(survivors)
             self._recover_until = time.monotonic() + RECOVERY
         self._tell_referees()
+        what = f"{self._description}, {as_typed(self._journal.options)}"
+        log_event("started", f"version {__version__}, process {os.getpid()}, {what}, at {self._path}")
         try:
             while not self._stopping:
                 for descriptor, _ in self._poller.poll(self._timeout()):
@@ -150,6 +152,8 @@ class Server:
                 if self._meter is not None:
                     self._check_meter(self._meter)
                 self._check_liveness()
+                for stopped in self._stopped.look(self._core.gpus, time.monotonic()):
+                    log(words(stopped))
                 if self._core.wake_at is not None and self._core.wake_at <= time.monotonic():
                     self._deliver(self._core.tick(time.monotonic()))
         finally:
@@ -157,7 +161,7 @@ class Server:
             self._close()
 
     def _signalled(self, number: int, frame: object) -> None:
-        self._stopping = True
+        self._stopping = self._stopping or f"by {signal.Signals(number).name}"
 
     def _listen(self) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -190,6 +194,9 @@ class Server:
         self._path.unlink(missing_ok=True)
         if not self._journal.survivors():  # else they keep what they hold, and the next broker must know of them
             self._journal.remove()
+        left = len(self._core.clients)
+        programs = f"{left} program{'' if left == 1 else 's'} that it knew still run{'s' if left == 1 else ''}"
+        log_event("ended", f"{self._stopping or 'by an error'}; {programs if left else 'no program is left'}")
 
     def _timeout(self) -> float | None:
         """Seconds until something must be looked at, at the latest; None: not before a packet comes."""
@@ -197,7 +204,8 @@ class Server:
         due = self._driver.due() if self._driver is not None else None
         look_at = self._meter.due(self._core.gpus) if self._meter is not None else None
         ask_at = self._liveness.due(self._core.suspended_clients)
-        wakes = [moment for moment in (wake_at, due, look_at, ask_at) if moment is not None]
+        stopped = self._stopped.due(self._core.gpus, time.monotonic())
+        wakes = [moment for moment in (wake_at, due, look_at, ask_at, stopped) if moment is not None]
         left = max(0.0, min(wakes) - time.monotonic()) if wakes else None
         if self._recover_until is not None:
             return 0.05 if left is None else min(0.05, left)
@@ -208,7 +216,7 @@ class Server:
         for done in driver.done():
             client = self._core.clients.get(done.client)
             if done.problem and client is not None:
-                _log(f"process {client.pid} cannot be {done.op}{'d' if done.op == 'resume' else 'ed'}: {done.problem}")
+                log(f"process {client.pid} cannot be {done.op}{'d' if done.op == 'resume' else 'ed'}: {done.problem}")
             if done.op == "suspend":
                 self._deliver(self._core.suspended(done.client, done.problem, done.seconds, time.monotonic()))
             else:
@@ -216,7 +224,7 @@ class Server:
                 self._deliver(self._core.resumed(done.client, done.problem, now, lost=done.lost, kept=done.kept))
         if driver.unavailable and not self._driver_off:
             self._driver_off = True
-            _log(f"the driver cannot move memory here: {driver.unavailable}")
+            log(f"the driver cannot move memory here: {driver.unavailable}")
             self._deliver(self._core.driver_tier(False, time.monotonic()))
 
     def _check_meter(self, meter: Meter) -> None:
@@ -228,7 +236,7 @@ class Server:
         for client, nbytes in list(meter.look(self._core.gpus, now)):
             self._deliver(self._core.observed(client, nbytes, now))
         if meter.problem:
-            _log(f"the GPU does not say what processes hold, so what they say counts: {meter.problem}")
+            log(f"the GPU does not say what processes hold, so what they say counts: {meter.problem}")
 
     def _check_liveness(self) -> None:
         """See that a suspended client that cannot ask for its lease gets it all the same."""
@@ -241,7 +249,7 @@ class Server:
         for number in found.blocked:
             client = self._core.clients.get(number)
             if client is not None:
-                _log(f"process {client.pid} is blocked in the driver, which counts as asking for its lease")
+                log(f"process {client.pid} is blocked in the driver, which counts as asking for its lease")
                 self._deliver(self._core.blocked(number, now))
 
     def _check_recovery(self) -> None:
@@ -271,13 +279,13 @@ class Server:
                         return  # at the limit, this error comes also when nobody wants to be accepted
                     if self._drop_silent():
                         continue
-                    _log(f"cannot accept a connection: {error.strerror}")
+                    log(f"cannot accept a connection: {error.strerror}")
                     self._full = True
                     self._poller.unregister(self._listener)
                     return
                 pid, uid = _peer(accepted)
                 if uid not in (os.getuid(), 0):
-                    _log(f"refused a connection of process {pid}: it belongs to user id {uid}")
+                    log(f"refused a connection of process {pid}: it belongs to user id {uid}")
                     accepted.close()
                     continue
                 accepted.setblocking(False)
@@ -311,7 +319,7 @@ class Server:
         try:
             message = decode(bytes(self._buffer[:size]))
         except ProtocolError as error:
-            _log(f"process {connection.pid} sent nonsense and is disconnected: {error}")
+            log(f"process {connection.pid} sent nonsense and is disconnected: {error}")
             connection.send(Refused(str(error)))
             self._drop(connection)
             return False
@@ -358,10 +366,10 @@ class Server:
                 "options": self._journal.options,
                 "totals": self._metrics.report(),
             }
-            connection.send(report.status(self._core, head, message.after, time.monotonic()))
+            connection.send(report.status(self._core, head, message.after, time.monotonic(), self._held()))
         elif isinstance(message, AskStop):
             connection.send(Goodbye(os.getpid()))
-            self._stopping = True
+            self._stopping = "by gpu_assigner stop"
         elif isinstance(message, Pong):
             self._liveness.answered(connection.id)
         else:
@@ -376,10 +384,22 @@ class Server:
             self._metrics.received(message)
             if isinstance(message, Hello) and connection.id in self._core.clients:
                 self._journal.came(connection.pid)
+                if stranded := self._core.clients[connection.id].stranded:
+                    log(stranded)
                 kept = self._journal.suspended(connection.pid)
                 if kept is not None and self._driver is not None:
                     now = time.monotonic()
                     self._deliver(self._core.found_suspended(connection.id, kept.nbytes, now, kept.target))
+
+    def _held(self) -> dict[int, int]:
+        """Bytes that clients, by id, have on the GPU now, as far as the devices say: the books lag behind a holder."""
+        if self._meter is not None:
+            return self._meter.held(self._core.gpus)
+        held: dict[int, int] = {}
+        for client in self._core.clients.values() if self._referees else ():
+            sizes = [self._referees[gpu.ordinal].holds(client.pid) for gpu in client.gpus]
+            held |= {client.id: max(sizes)} if sizes else {}
+        return held
 
     def _corrected(self, connection: Connection, message: Message) -> Message:
         """The message with what the device says that the client has there, where it can say."""
@@ -414,7 +434,7 @@ class Server:
             client = self._core.clients.get(send.client)
             self._metrics.sent(send.message, client.granted_at - client.asked_at if client else 0.0)
             if not sent:
-                _log(f"process {connection.pid} does not read what it is sent and is disconnected")
+                log(f"process {connection.pid} does not read what it is sent and is disconnected")
                 leaving.append(connection)
             elif client is None and isinstance(send.message, Refused):
                 leaving.append(connection)
@@ -455,7 +475,7 @@ class Connection:
         except BlockingIOError:
             return False
         except ProtocolError as error:
-            _log(f"process {self.pid} is not answered: {error}")
+            log(f"process {self.pid} is not answered: {error}")
         except OSError:
             pass  # it is dead, which reading will show
         return True
@@ -472,17 +492,3 @@ def _peer(accepted: socket.socket) -> tuple[int, int]:
     credentials = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid, uid, _ = struct.unpack("3i", credentials)
     return pid, uid
-
-
-_log_lines = itertools.count(1)
-
-
-def _log(message: str) -> None:
-    """One line on stderr. A full disk is no reason to end."""
-    number = next(_log_lines)
-    if number > LOG_LINES:
-        return
-    if number == LOG_LINES:
-        message = "there was too much to log; nothing more is logged"
-    with contextlib.suppress(OSError):
-        os.write(2, f"gpu_assigner: {message}\n".encode("utf-8", "replace"))

@@ -102,6 +102,8 @@ class Client:
     waiting: bool = False
     need: int = 0
     headroom: int = 0
+    promised: int = 0
+    """Bytes of headroom that it is to have before it runs, and that others are just leaving; 0: it has what it gets."""
     resident: int = 0
     evacuated: int = 0
     peak: int = 0
@@ -112,6 +114,8 @@ class Client:
     booked: tuple[int, int, int] = (0, 0, 0)
     """What it counts for in its GPUs' in_use, left_behind and unmovable."""
     evacuating: bool = False
+    in_pieces: bool = False
+    """It is evacuating, and has said that a part is gone."""
     emptied: bool = False
     """What it still has on the GPU is what evacuating leaves."""
     revoked: bool = False
@@ -137,7 +141,13 @@ class Client:
     """Why the driver cannot move it."""
     refusal: str = ""
     """Why whatever it asks for is refused."""
+    stranded: str = ""
+    """Why whatever it asks for waits for another broker: this one has not the GPU that it is bound to."""
     room_wanted: int = 0
+    room_short: int = 0
+    """Bytes by which it came short although it had been promised what it wants: others are still to make way for it."""
+    room_coming: bool = False
+    """They do."""
     came_at: float = 0.0
     asked_at: float = 0.0
     granted_at: float = 0.0

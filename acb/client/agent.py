@@ -22,8 +22,9 @@ from acb import config
 from acb.client import visible, wishes
 from acb.client.connection import OUTAGE, Connection
 from acb.client.gate import LONG_GAP
-from acb.client.memory import Memory
+from acb.client.memory import Memory, Moved
 from acb.client.phases import MAX_LINGER, MIN_LINGER, choose_linger
+from acb.client.refusal import refused
 from acb.client.trace import Trace
 from acb.protocol import (
     VERSION,
@@ -31,6 +32,7 @@ from acb.protocol import (
     Evacuated,
     Goodbye,
     Grant,
+    Headroom,
     Hello,
     Holds,
     Message,
@@ -95,6 +97,7 @@ class Agent:
         self._wanted = False
         self._need = 0
         self._headroom = 0
+        self._coming = 0  # bytes of headroom that are still to come; until then memory may come back, but nothing run
         self._revoked = False
         self._swap_expected = -1.0  # what the broker expects yielding to cost, in seconds; -1: it does not know
         self._preempt_at = 0.0
@@ -103,11 +106,13 @@ class Agent:
         self._closed_at = 0.0  # since when
         self._stall_after = STALL
         self._refusal = ""
+        self._stranded = ""  # why what is asked for waits for another broker
         self._room: tuple[bool, str] | None = None
         self._room_due = 0  # questions for more room that the broker has not answered
         self._room_changed = threading.Condition(self._lock)
         self._asking_room = threading.RLock()  # one thread at a time: an answer does not say whose it is
-        self._evacuation_due = False  # asked for while a thread was inside
+        self._evacuation_due = False  # asked for, perhaps while a thread was inside
+        self._piece = 0  # bytes of which the broker wants to know when they are gone
         self._alone = False  # the program goes on without a broker, for good
         self._said: Holds | None = None
         self._say_at = 0.0
@@ -121,16 +126,12 @@ class Agent:
         had."""
         with self._lock:
             if self._refusal:
-                from acb.client.runtime import LeaseRefused
-
                 reason, self._refusal, self._wanted, self._need = self._refusal, "", False, 0
-                raise LeaseRefused(reason)
+                raise refused(reason)
             if not self.gate.closed:
                 return  # it was opened while this thread waited for the lock
             if self._finishing:
-                from acb.client.runtime import LeaseRefused
-
-                raise LeaseRefused("the interpreter is ending: it is too late to get the GPU back")
+                raise refused("the interpreter is ending: it is too late to get the GPU back")
             if not self._wanted:
                 self._wanted = True
                 if not self.lease:
@@ -171,9 +172,7 @@ class Agent:
             missing = nbytes - self._memory.resident()
         reason = self._room_refused(missing)
         if reason:
-            from acb.client.runtime import LeaseRefused
-
-            raise LeaseRefused(reason)
+            raise refused(reason)
 
     def end_phase(self) -> None:
         """The program says that its phase is over: give the lease back at once if somebody waits for it."""
@@ -360,7 +359,7 @@ class Agent:
     def lost(self) -> None:
         """The broker is gone: keep what is held; whoever waits goes on waiting."""
         self._requested = self._evacuation_due = False
-        self._room_due = 0
+        self._room_due = self._coming = 0
         self._room_changed.notify_all()
         if self.lease and self._revoked:
             self._revoked = False
@@ -373,7 +372,9 @@ class Agent:
         elif isinstance(message, Revoke):
             self._revoke(message)
         elif isinstance(message, Evacuate):
-            self._evacuation_due = True  # _consider() sees to it as soon as no thread is inside
+            self._evacuation_due, self._piece = True, message.piece  # as soon as no thread is inside
+        elif isinstance(message, Headroom):
+            self._more_has_come(message)
         elif isinstance(message, Uncontended):
             if self.lease and self._revoked:
                 self._revoked = False
@@ -393,12 +394,14 @@ class Agent:
 
     def _welcome(self, message: Welcome) -> None:
         self._connection.welcome()
+        self._stranded = message.stranded
         if self.lease and not message.lease:
             # Another holds it now. Stop at the gate; what runs in a region cannot be called back.
             self.gate.close()
             self.lease = self._closing = self._revoked = self._memory.unrestored = False
             state = "waiting" if self._wanted else "evacuated" if self._memory.evacuated else "resident"
-            self._trace.change(state, "the new broker has lent the GPU to another client")
+            cause = message.stranded or "the new broker has lent the GPU to another client"
+            self._trace.change(state, cause)
         elif self._memory.unrestored or (self.lease and self.gate.closed and self._memory.evacuated):
             self._restore()
         elif self.lease and self.gate.closed:
@@ -425,9 +428,13 @@ class Agent:
         if self._wanted and self._connection.welcomed and not self.lease and not self._requested:
             self._requested = True
             self._connection.send(Request(self._need))
+            if self._stranded:
+                from acb.client.runtime import warn_once
+
+                warn_once("stranded", self._stranded)
 
     def _granted(self, grant: Grant) -> None:
-        self.gpu, self._headroom = grant.gpu, grant.headroom
+        self.gpu, self._headroom, self._coming = grant.gpu, grant.headroom, grant.coming
         self.gpus = tuple(map(int, grant.gpus.split(","))) if grant.gpus else (grant.gpu,)
         self.lease, self._requested, self._revoked = True, False, False
         self._memory.granted()
@@ -435,7 +442,7 @@ class Agent:
         self._say_at = time.monotonic() + HEARTBEAT
         if not self._simulated and grant.visible:
             visible.bind(grant.visible)  # without effect, and without harm, once CUDA has started
-        if self._memory.evacuated:
+        if self._memory.evacuated or self._coming:
             self._restore()
         else:
             self._run_on()
@@ -448,19 +455,31 @@ class Agent:
         self.gate.open(watched=self._revoked or self._trace.enabled)
 
     def _restore(self) -> None:
-        """Bring all memory back, then let the program in; without room for it, ask for some and try again."""
+        """Bring all memory back, then let the program in; without room for it, ask for some and try again.
+
+        While others are still leaving the GPU, as much of it as has room.
+        """
         memory = self._memory
         if not memory.unrestored:
             self._trace.change("restoring", "granted", gpu=self.gpu, bytes=memory.evacuated)
         try:
-            moved = memory.restore()
+            moved = memory.restore(max(0, self._headroom - memory.resident()) if self._coming else None)
         except MemoryError:
-            if self._connection.welcomed:  # have the broker make room
+            if self._connection.welcomed and not self._coming:  # have the broker make room
                 self._room_due += 1
                 self._connection.send(MoreRoom(memory.resident(), memory.evacuated))
             return
+        if self._coming:
+            return
         self._run_on()
         self._connection.send(Restored(memory.resident(), moved.nbytes, moved.seconds))
+
+    def _more_has_come(self, message: Headroom) -> None:
+        if not self.lease:
+            return  # it crossed our Yield
+        self._headroom, self._coming = message.headroom, message.coming
+        if self._memory.unrestored:
+            self._restore()
 
     def _room_answered(self, message: Room) -> None:
         self._room_due = max(0, self._room_due - 1)
@@ -484,11 +503,17 @@ class Agent:
         self._evacuation_due = False
         memory = self._memory
         self._trace.change("evacuating", "another client needs the room", bytes=memory.resident())
-        moved = memory.evacuate()
+
+        def gone(moved: Moved) -> None:
+            self._connection.send(Evacuated(memory.resident(), moved.nbytes, moved.seconds, more=True))
+
+        before, begun = memory.evacuated, time.monotonic()
+        moved = memory.evacuate(self._piece, gone)
         left = memory.resident()
         self._trace.change(
-            "waiting" if self._wanted else "evacuated" if moved.nbytes or not left else "resident",
-            moved.reason or "evacuated", bytes=moved.nbytes, left=left, seconds=round(moved.seconds, 6),
+            "waiting" if self._wanted else "evacuated" if memory.evacuated > before or not left else "resident",
+            moved.reason or "evacuated", bytes=memory.evacuated - before, left=left,
+            seconds=round(time.monotonic() - begun, 6),
         )  # fmt: skip
         self._connection.send(Evacuated(left, moved.nbytes, moved.seconds, moved.reason[:1000]))
 
@@ -552,6 +577,7 @@ class Agent:
         resident = self._memory.resident()
         phase = self.gate.last_exit - self.gate.phase_began
         self.lease = self._revoked = self._closing = self._memory.unrestored = False
+        self._coming = 0
         self._memory.swap.yielded()
         self._requested = wants
         self._trace.change("waiting" if wants else "resident" if resident else "detached", cause, bytes=resident)
@@ -559,6 +585,13 @@ class Agent:
 
     def _consider_restoring(self, now: float) -> float | None:
         """The lease is held, but memory must come back first and there was no room for it."""
+        if self._coming:
+            if not self._revoked:
+                return None  # there is more with each Headroom
+            if now < self._preempt_at:
+                return self._preempt_at - now
+            self._give_up("preempted after its quantum", wants=True)
+            return None
         if self._room_due:
             return None  # the broker makes room
         if now >= self._memory.restore_at:

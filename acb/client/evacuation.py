@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
-from typing import Protocol
+from collections.abc import Generator, Hashable, Iterable, Iterator
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
 
 
 class EvacuationError(Exception):
-    """Memory could not be moved off the GPU; nothing has changed, everything is still resident. Says why.
+    """Memory could not be moved off the GPU; but for pieces that were yielded before, nothing has changed. Says why.
 
-    `moved`: bytes that are in host memory all the same, because they could not be brought back, of the GPU that had
-    most of them; 0 but for evacuate_all.
+    `moved`: bytes that are in host memory beyond what was yielded, because they could not be brought back, of the GPU
+    that had most of them; 0 but for evacuate_all.
     """
 
     moved = 0
@@ -39,16 +41,19 @@ class Evacuator(Protocol):
     def reset_peak(self) -> None:
         """Forget the peak."""
 
-    def evacuate(self) -> int:
-        """Copy everything to host memory and free it on the GPUs, every alias surviving. Returns the bytes moved, of
-        the GPU that had most of them.
+    def evacuation(self, piece: int = 0) -> Generator[int]:
+        """Copy everything to host memory and free it on the GPUs, every alias surviving; what each step has moved, in
+        bytes, of the GPU that had most of them.
 
-        All or nothing: raises EvacuationError with everything as it was.
+        The first step moves nothing and yields 0: all can be moved, as far as can be told, and host memory for all of
+        it is taken. Closed then, it leaves everything as it was. `piece`: about so many bytes a step, of a program with
+        one GPU; 0: all in one step. Raises EvacuationError: what was yielded stays in host memory, all else is as it
+        was.
         """
 
-    def restore(self) -> int:
-        """Bring back what evacuate() moved, bit for bit, each array to its own GPU. Returns the bytes moved, of the GPU
-        that got most of them. Nothing evacuated: does nothing.
+    def restore(self, limit: int | None = None) -> int:
+        """Bring back what evacuation() moved, bit for bit, each array to its own GPU, at most `limit` bytes of it.
+        Returns the bytes moved, of the GPU that got most of them. Nothing evacuated: does nothing.
 
         Raises MemoryError when a GPU has no room; what could not come back stays safe in host memory and a later
         call tries again.
@@ -63,22 +68,50 @@ def fullest(pieces: Iterable[tuple[Hashable, int]]) -> int:
     return max(totals.values(), default=0)
 
 
-def evacuate_all(evacuators: list[Evacuator]) -> int:
-    """Evacuate every framework, or none: what was moved comes back when a later one refuses.
+def batches(items: Iterable[tuple[T, int]], piece: int) -> Iterator[list[T]]:
+    """Items, given with their sizes in bytes, in lists that come to `piece` bytes or just more; 0: all in one list."""
+    batch: list[T] = []
+    total = 0
+    for item, nbytes in items:
+        batch.append(item)
+        total += nbytes
+        if piece and total >= piece:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
 
-    Returns the bytes moved, of which one GPU had all at most: frameworks need not be fullest on the same one. Raises
-    EvacuationError when one refuses, or fails in any other way.
+
+def evacuate_all(evacuators: list[Evacuator], piece: int = 0) -> Iterator[int]:
+    """Evacuate every framework, or none, as Evacuator.evacuation does one: yields the bytes that each step has moved,
+    of which one GPU had all at most (frameworks need not be fullest on the same one).
+
+    Before anything is moved, all must be ready. When one fails later all the same, what was not in pieces comes back.
+    Raises EvacuationError when one refuses, or fails in any other way.
     """
+    steps: list[tuple[Evacuator, Generator[int]]] = []
     done: list[tuple[Evacuator, int]] = []
-    for evacuator in list(evacuators):
-        try:
-            done.append((evacuator, int(evacuator.evacuate())))
-        except Exception as error:
-            refusal = error if isinstance(error, EvacuationError) else EvacuationError(f"failed: {error!r}")
-            for other, moved in reversed(done):
-                try:
-                    other.restore()
-                except Exception:  # it stays safe in host memory, and comes back with the next lease
-                    refusal.moved += max(1, moved)
-            raise refusal from error
-    return sum(moved for _, moved in done)
+    try:
+        for evacuator in list(evacuators):
+            step = evacuator.evacuation(piece)
+            steps.append((evacuator, step))
+            next(step, 0)
+        for evacuator, step in steps:
+            moved = 0
+            for nbytes in step:
+                moved += int(nbytes)
+                if piece:
+                    yield int(nbytes)
+            done.append((evacuator, moved))
+    except Exception as error:
+        refusal = error if isinstance(error, EvacuationError) else EvacuationError(f"failed: {error!r}")
+        for _, step in steps:
+            step.close()
+        for other, moved in reversed([] if piece else done):
+            try:
+                other.restore()
+            except Exception:  # it stays safe in host memory, and comes back with the next lease
+                refusal.moved += max(1, moved)
+        raise refusal from error
+    if not piece:
+        yield sum(moved for _, moved in done)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from acb.client.evacuation import EvacuationError, Evacuator, evacuate_all
@@ -32,11 +33,13 @@ class Memory:
         self.restore_at = 0.0
         """When to try again."""
         self._restore_wait = 0.0
+        self._back = Moved(0, 0.0)
         self._evacuators = evacuators
 
     def granted(self) -> None:
         """A new lease: patience begins anew."""
         self._restore_wait = 0.0
+        self._back = Moved(0, 0.0)
 
     def resident(self) -> int:
         """Bytes on the GPU."""
@@ -58,28 +61,37 @@ class Memory:
             except Exception:
                 pass  # a device that fails is done with its work; the program will see the error itself
 
-    def evacuate(self) -> Moved:
-        """Move all memory to the host, or none: `reason` says why."""
-        start = time.monotonic()
+    def evacuate(self, piece: int = 0, gone: Callable[[Moved], None] = lambda moved: None) -> Moved:
+        """Move all memory to the host: what was moved since the last call of `gone`; `reason` says why it is not all.
+
+        `piece`: call `gone` whenever about so many bytes have left; 0: all leaves at once, or nothing.
+        """
+        begun = start = time.monotonic()
         reason = ""
         moved = 0
         try:
             for evacuator in self._evacuators:
                 evacuator.synchronize()
-            moved = evacuate_all(self._evacuators)
+            for nbytes in evacuate_all(self._evacuators, piece):
+                self.evacuated += nbytes
+                moved += nbytes
+                if piece:
+                    now = time.monotonic()
+                    gone(Moved(moved, now - start))
+                    start, moved = now, 0
         except EvacuationError as error:
-            moved, reason = error.moved, str(error) or "refused"
+            self.evacuated += error.moved
+            moved, reason = moved + error.moved, str(error) or "refused"
         except Exception as error:
             reason = f"failed: {error!r}"
-        seconds = time.monotonic() - start
-        self.evacuated += moved
+        now = time.monotonic()
         if not reason:
-            self.swap.moved(seconds)
-        return Moved(moved, seconds, reason)
+            self.swap.moved(now - begun)
+        return Moved(moved, now - start, reason)
 
-    def restore(self) -> Moved:
-        """Bring all memory back. Raises MemoryError when there is no room for all of it: restore_at says when to try
-        again, at ever longer intervals.
+    def restore(self, limit: int | None = None) -> Moved:
+        """Bring all memory back, or at most `limit` bytes: what has come back under this lease. Raises MemoryError when
+        there is no room for it: restore_at says when to try again, at ever longer intervals.
         """
         from acb.client.runtime import warn_once
 
@@ -89,21 +101,27 @@ class Memory:
         try:
             for evacuator in self._evacuators:
                 try:
-                    moved += int(evacuator.restore())
+                    moved += int(evacuator.restore(None if limit is None else max(0, limit - moved)))
                 except MemoryError:
                     raise
                 except Exception as error:  # what it lost the program will see when it touches it; it must not hang
                     warn_once(f"restore:{evacuator.name}", f"memory of {evacuator.name} cannot be restored: {error!r}")
         except MemoryError:
-            self.evacuated = max(1, self.evacuated - max(0, self.resident() - before))
-            self.unrestored = True
+            self._came_back(max(0, self.resident() - before), start)
             self.restore_at = time.monotonic() + self._restore_wait
             self._restore_wait = min(MAX_RETRY, 2 * self._restore_wait + 0.05)
             raise
+        self._came_back(moved, start)
+        if limit is None:
+            self.evacuated, self.unrestored = 0, False
+        return self._back
+
+    def _came_back(self, moved: int, start: float) -> None:
+        """So many bytes, since `start`, and perhaps not all."""
         seconds = time.monotonic() - start
-        self.evacuated, self.unrestored = 0, False
+        self._back = Moved(self._back.nbytes + moved, self._back.seconds + seconds)
         self.swap.moved(seconds)
-        return Moved(moved, seconds)
+        self.evacuated, self.unrestored = max(1, self.evacuated - moved), True
 
     def _sum(self, what: str) -> int:
         """Bytes, over all frameworks; one that cannot say counts nothing."""

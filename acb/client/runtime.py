@@ -21,10 +21,6 @@ from acb.client import visible, wishes
 from acb.client.gate import Gate
 
 
-class LeaseRefused(RuntimeError):
-    """The broker cannot ever give this process what it asks for; the message says why."""
-
-
 class Client:
     """This process, as the broker will know it."""
 

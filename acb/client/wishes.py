@@ -17,7 +17,7 @@ class Wishes(NamedTuple):
 
     priority: int = 0
     weight: float = 1.0
-    count: int = 1  # type: ignore[assignment]  # hides tuple.count, which nobody misses
+    count: int = 1  # type: ignore[assignment]  # hides tuple.count, which nobody misses; 0: a gang's, not said
     gang: str = ""
     gang_size: int = 0
     rank: int = 0
@@ -37,7 +37,8 @@ def of_this_process() -> Wishes:
     if size > 1 and 0 <= rank < size and "TORCHELASTIC_RUN_ID" in environ:
         # One port a torchrun and node; after a restart of its workers it is still the same gang.
         gang = f"torchrun {environ['TORCHELASTIC_RUN_ID']} {environ.get('MASTER_PORT', '')}"
-        return wishes._replace(gang=gang, gang_size=size, rank=rank)
+        count = wishes.count if environ.get("ACB_GPUS") else 0
+        return wishes._replace(count=count, gang=gang, gang_size=size, rank=rank)
     return wishes
 
 

@@ -13,15 +13,12 @@ import time
 from typing import Any
 
 from benchmarks.gpu_parts import jobs
+from benchmarks.gpu_parts.agreement import SPREAD, structures
 from benchmarks.gpu_parts.part import GB, Part, Skip
 from benchmarks.gpu_parts.stage import Stage
 
 SPEEDUP, EFFICIENCY = 2.9, 0.95
 """Promised for four jobs."""
-
-SPREAD = 1e-3
-"""Ångström, the PDB file's own digit: what outputs may differ by, where they are not equal bit for bit. Kernels of
-cuBLAS may sum in another order when the GPU's workspace differs."""
 
 
 def run(part: Part) -> None:
@@ -63,7 +60,7 @@ def _alone(part: Part, stage: Stage, size: jobs.Size) -> dict[str, Any]:
         f"{found['gpu_s']:.1f} s GPU, {found['cpu_s']:.1f} s CPU; {size.why}; peak {watch.peak / GB:.3g} GB: four want "
         f"{wanted / GB:.3g} of {part.settings.capacity / GB:.3g} GB" + ("; they fit" if fits else ""),
     )  # fmt: skip
-    part.check("the job gives the same twice", _same(first.results(), job.results()) is not None)
+    part.check("the job gives the same twice", structures(first.results(), job.results()) is not None)
     return {**found, "results": job.results()}
 
 
@@ -75,7 +72,9 @@ def _at_once(part: Part, size: jobs.Size, alone: dict[str, Any], count: int) -> 
         stage.start_broker()
         brokered = _play(part, stage, size, count, acb=True)
         totals = (stage.status() or {}).get("totals", {})
-        agreements = [_same(alone["results"], job.results()) for job in brokered["jobs"]]  # before the stage is cleared
+        agreements = [
+            structures(alone["results"], job.results()) for job in brokered["jobs"]
+        ]  # before the stage is cleared
     bounds = {
         "GPU time": count * alone["gpu_s"], "CPU time over cores": count * alone["cpu_s"] / cores,
         "longest job": alone["seconds"],
@@ -118,27 +117,3 @@ def _play(part: Part, stage: Stage, size: jobs.Size, count: int, *, acb: bool) -
     problems = [job.program.problem() for job, o in zip(started, outcomes, strict=True) if o != "finished"]
     seconds = max(job.program.ended for job in started) - begun
     return {"jobs": started, "outcomes": outcomes, "problems": problems, "seconds": seconds}
-
-
-def _same(one: dict[str, bytes], other: dict[str, bytes]) -> float | None:
-    """0.0: equal bit for bit; SPREAD: all numbers within it; None: different."""
-    if one == other and one:
-        return 0.0
-    if one.keys() != other.keys():
-        return None
-    for name, content in one.items():
-        mine, theirs = content.splitlines(), other[name].splitlines()
-        if len(mine) != len(theirs):
-            return None
-        for a, b in zip(mine, theirs, strict=True):
-            if a != b and not (name.endswith("_unrelaxed.pdb") and _near(a, b)) and not name.endswith("_relaxed.pdb"):
-                return None
-    return SPREAD
-
-
-def _near(one: bytes, other: bytes) -> bool:
-    """Two ATOM lines of a PDB file; coordinates are in its columns 31 to 54."""
-    try:
-        return all(abs(float(one[i : i + 8]) - float(other[i : i + 8])) <= 2 * SPREAD for i in (30, 38, 46))
-    except ValueError:
-        return False

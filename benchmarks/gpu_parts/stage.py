@@ -129,19 +129,23 @@ class Stage:
     def program(
         self, name: str, script: Path, arguments: Sequence[str] = (), options: Sequence[str] = (), *, acb: bool = True
     ) -> Program:
-        """Start one: under the broker, or without acb (but for the simulated GPU, where there is no other).
-
-        `options` are acb-launch's, under the broker.
-        """
-        command = [sys.executable, str(script), *arguments]
-        launch = [sys.executable, "-m", "acb.launcher", "--quiet"]
-        if acb:
-            command = [*launch, "--broker", "require", "--name", name, *options, "--", *command]
-        elif self.spec is not None:
-            command = [*launch, "--broker", "off", "--simulate-gpus", self.spec, "--", *command]
+        """Start one (see command())."""
+        command = self.command(name, [sys.executable, str(script), *arguments], options, acb=acb)
         program = Program(name, command, self.environment, self.directory)
         self.programs.append(program)
         return program
+
+    def command(self, name: str, command: Sequence[str], options: Sequence[str] = (), *, acb: bool = True) -> list[str]:
+        """What runs `command` under the broker, or without acb (but for the simulated GPU, where there is no other).
+
+        `options` are acb-launch's, under the broker.
+        """
+        launch = [sys.executable, "-m", "acb.launcher", "--quiet"]
+        if acb:
+            return [*launch, "--broker", "require", "--name", name, *options, "--", *command]
+        if self.spec is not None:
+            return [*launch, "--broker", "off", "--simulate-gpus", self.spec, "--", *command]
+        return [*command]
 
     def subject(self, framework: str, name: str = "subject", *options: str, acb: bool = True) -> Program:
         """A program that obeys (see programs/subject.py), ready."""

@@ -7,7 +7,7 @@ As acb/client/agent.py has it, a lease is kept until it is revoked, and then giv
 - after the quantum at the next safe point, which is the end of a region; the rest of the phase follows under the next
   lease. A region that was begun is finished, and each lease does at least one.
 
-An agent is deaf while it moves memory: what comes meanwhile is heeded, and its time counts, from then on.
+An agent is deaf while it moves a piece of memory: what comes meanwhile is heeded, and its time counts, from then on.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from acb.protocol import (
     Evacuate,
     Evacuated,
     Grant,
+    Headroom,
     Hello,
     Message,
     MoreRoom,
@@ -50,9 +51,9 @@ class Client:
     """A job with its agent."""
 
     __slots__ = (
-        "card", "claim", "computed", "deferred", "done", "evacuated", "gaps", "id", "index", "job", "last_exit",
-        "lease", "left", "node", "patience", "plan", "preempt_at", "requested", "resident", "restoring", "revoked",
-        "run_since", "running", "swap", "swap_told", "waits_since",
+        "card", "claim", "coming", "computed", "copying_in", "deferred", "done", "evacuated", "gaps", "id", "index",
+        "job", "last_exit", "lease", "left", "moved_in", "node", "patience", "piece", "plan", "preempt_at", "requested",
+        "resident", "restoring", "revoked", "run_since", "running", "swap", "swap_told", "waits_since",
     )  # fmt: skip
 
     def __init__(self, node: Node, number: int, job: Job) -> None:
@@ -65,6 +66,10 @@ class Client:
         self.run_since = self.last_exit = self.preempt_at = self.waits_since = 0.0
         self.computed = 0.0  # seconds of GPU work in all
         self.claim = self.resident = self.evacuated = 0
+        self.coming = False  # more headroom is to come before it runs
+        self.copying_in = 0  # bytes
+        self.moved_in = (0, 0.0)  # bytes, seconds, under this lease
+        self.piece = 0
         self.gaps: deque[float] = deque(maxlen=64)
         self.swap = SwapCost()
         self.swap_told = -1.0
@@ -161,7 +166,9 @@ class Client:
         elif isinstance(message, Revoke):
             self._revoke(message)
         elif isinstance(message, Evacuate):
-            self._evacuate()
+            self._evacuate(message.piece)
+        elif isinstance(message, Headroom):
+            self._more_has_come(message)
         elif isinstance(message, Uncontended):
             self.revoked, self.deferred = False, None
             self.patience += 1
@@ -191,8 +198,11 @@ class Client:
         if card.holders > card.slots:
             raise SimulationError(f"GPU {card.ordinal} has {card.holders} holders")
         node.outcome.leases += 1
+        self.coming, self.moved_in = grant.coming > 0, (0, 0.0)
         self._claim(min(self.job.memory, grant.headroom))
-        if self.claim < self.job.memory:
+        if self.coming:
+            self._restore()
+        elif self.claim < self.job.memory:
             self.restoring = True
             node.say(self, MoreRoom(self.resident, self.job.memory - self.resident))
         else:
@@ -205,28 +215,46 @@ class Client:
         self.claim = nbytes
 
     def _restore(self) -> None:
-        """Bring back what was evacuated, then let the program in."""
+        """Bring back what was evacuated, as far as there is room; with the last of it let the program in."""
         node, card = self.node, self.card
         assert card is not None
         self.restoring = True
-        if not self.evacuated:
+        if self.copying_in:
+            return
+        if not self.evacuated and not self.coming:
+            if self.moved_in[0]:
+                node.say(self, Restored(self.resident, *self.moved_in))
             self._restored()
             return
+        nbytes = min(self.evacuated, self.claim - self.resident)
+        if nbytes <= 0:
+            return  # there is more with each Headroom
         node.settle(card)
         card.copying += 1
-        end = card.copy("in", self.evacuated, node.now)
+        self.copying_in = nbytes
+        end = card.copy("in", nbytes, node.now)
         node.at(end, self._copied_in, end - node.now)
 
     def _copied_in(self, seconds: float) -> None:
-        node, card, moved = self.node, self.card, self.evacuated
+        node, card, moved = self.node, self.card, self.copying_in
         assert card is not None
         node.settle(card)
         card.copying -= 1
-        node.copied(moved)
+        if self.left:
+            return
+        node.copied(moved, last=moved == self.evacuated)
         self.swap.moved(seconds)
-        self.resident, self.evacuated = self.resident + moved, 0
-        node.say(self, Restored(self.resident, moved, seconds))
-        self._restored()
+        self.resident, self.evacuated, self.copying_in = self.resident + moved, self.evacuated - moved, 0
+        self.moved_in = (self.moved_in[0] + moved, self.moved_in[1] + seconds)
+        self._restore()
+
+    def _more_has_come(self, message: Headroom) -> None:
+        self.coming = message.coming > 0
+        self._claim(max(self.claim, min(self.job.memory, message.headroom)))
+        if not self.coming and self.claim < self.job.memory:
+            self.node.say(self, MoreRoom(self.resident, self.job.memory - self.resident))
+        else:
+            self._restore()
 
     def _restored(self) -> None:
         node, card = self.node, self.card
@@ -301,13 +329,18 @@ class Client:
         phase = self.last_exit - self.run_since
         node.say(self, Yield(self.resident, self.job.memory, wants, "preempted" if wants else "idle", phase))
 
-    def _evacuate(self) -> None:
-        node, card = self.node, self.card
-        if self.lease or card is None:
+    def _evacuate(self, piece: int) -> None:
+        if self.lease or self.card is None:
             raise SimulationError(f"client {self.id} was to be evacuated while it held the lease, or no GPU at all")
+        self.piece = piece or self.resident
+        self._copy_out()
+
+    def _copy_out(self) -> None:
+        node, card = self.node, self.card
+        assert card is not None
         node.settle(card)
         card.copying += 1
-        end = card.copy("out", self.resident, node.now)
+        end = card.copy("out", min(self.piece, self.resident), node.now)
         node.at(end, self._copied_out, end - node.now)
 
     def _copied_out(self, seconds: float) -> None:
@@ -317,12 +350,15 @@ class Client:
         card.copying -= 1
         if self.left:
             return
-        moved, self.resident = self.resident, 0
+        moved = min(self.piece, self.resident)
+        self.resident -= moved
         self.evacuated += moved
-        self._claim(0)
-        node.copied(moved)
+        self._claim(self.resident)
+        node.copied(moved, last=not self.resident)
         self.swap.moved(seconds)
-        node.say(self, Evacuated(0, moved, seconds))
+        node.say(self, Evacuated(self.resident, moved, seconds, more=self.resident > 0))
+        if self.resident:
+            self._copy_out()
 
     def _fail(self) -> None:
         """What it asked for cannot be had: the program sees its framework's own out-of-memory error, and ends."""

@@ -139,9 +139,9 @@ class Node:
             self.settle(card)
         self._unbound += change
 
-    def copied(self, nbytes: int) -> None:
-        """A copy, out or in, has ended."""
-        self.outcome.copies += 1
+    def copied(self, nbytes: int, *, last: bool) -> None:
+        """A copy, out or in, has ended, or a piece of it that is not the last."""
+        self.outcome.copies += last
         self.outcome.copied += nbytes
 
     # --- the broker -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from acb.client.hostmemory import available_bytes
 from acb.client.runtime import warn_once
 from acb.hooks.jax.pool import choose_allocator
 
@@ -12,6 +13,9 @@ def prepare() -> None:
     """Called before a GPU backend starts."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     choose_allocator()
+    free = available_bytes()
+    if free is not None:  # XLA's own limit for page-locked host memory, 64 GiB, is less than many a GPU has
+        os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(max(64, free >> 30)))
     if os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"].lower() not in ("false", "0"):
         warn_once(
             "jax:preallocate",

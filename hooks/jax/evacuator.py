@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
-from acb.client import hostmemory
-from acb.client.evacuation import EvacuationError, fullest
+from acb.client.evacuation import EvacuationError, batches, fullest
+from acb.hooks.jax.hostcopies import HostCopies
 from acb.hooks.jax.internals import GATED, Internals, in_device_memory, like, moving, on_gated, repoint
 from acb.hooks.jax.ledger import Ledger
 from acb.hooks.jax.pool import check_pool, trim_pool
@@ -54,9 +54,10 @@ class JaxEvacuator:
 
     name = "jax"
 
-    def __init__(self, internals: Internals, ledger: Ledger | None = None) -> None:
-        """With a simulated GPU, `ledger` is that of its memory."""
+    def __init__(self, internals: Internals, ledger: Ledger | None = None, *, pinned: bool = True) -> None:
+        """With a simulated GPU, `ledger` is that of its memory. `pinned`: see HostCopies."""
         self._internals = internals
+        self._copies = HostCopies(internals, pinned=pinned)
         self._ledger = ledger
         array: Any = internals.ArrayImpl
         methods = vars(array)
@@ -132,32 +133,42 @@ class JaxEvacuator:
     # --- away -------------------------------------------------------------------------------------------------------
 
     def evacuate(self) -> int:
-        """See Evacuator.evacuate."""
+        """All of evacuation() at once; the bytes moved."""
+        return sum(self.evacuation())
+
+    def evacuation(self, piece: int = 0) -> Generator[int]:
+        """See acb.client.evacuation.Evacuator."""
         with moving(), self._lock:
             for device in self._devices():
                 check_pool(device)
-            arrays = self._live()
-            plans, buffers = self._plan(arrays, strict=True)
-            if not plans:
-                return 0
-            moved = _fullest(buffers)
-            hostmemory.require(sum(buffer.nbytes for buffer in buffers))
-            del buffers
-            self._copy_out(plans)
-            try:
-                for plan in plans:
-                    array = plan.ref()
-                    if array is not None:
-                        self._evacuated[id(array)] = plan
-                        self._delete(array)
-            except Exception as error:
-                self.restore()
-                raise EvacuationError(f"jax did not free an array: {error}") from error
-            del arrays, array
-            trim_pool()
-            if self._ledger is not None:
-                self._ledger.audit()  # arrays that are just being dropped have freed their buffers, but not said so yet
-            return moved
+            buffers = self._plan(self._live(), strict=True)[1]
+            self._copies.require(sum(buffer.nbytes for buffer in buffers))
+            in_pieces = piece > 0 and len({id(buffer.device) for buffer in buffers}) == 1
+        del buffers
+        yield 0
+        with moving(), self._lock:
+            plans = self._plan(self._live(), strict=True)[0]
+            for batch in batches(_sharing(plans), piece if in_pieces else 0):
+                yield self._move_out([plan for group in batch for plan in group])
+
+    def _move_out(self, plans: list[_Evacuated]) -> int:
+        """Move these arrays, which share no buffer with others, all or none: the bytes moved."""
+        moved = _fullest(_buffers(plans))
+        self._copy_out(plans)
+        try:
+            for plan in plans:
+                array = plan.ref()
+                if array is not None:
+                    self._evacuated[id(array)] = plan
+                    self._delete(array)
+        except Exception as error:
+            self._move_in([plan for plan in plans if plan.ref() is not None])
+            raise EvacuationError(f"jax did not free an array: {error}") from error
+        array = None
+        trim_pool()
+        if self._ledger is not None:
+            self._ledger.audit()  # arrays that are just being dropped have freed their buffers, but not said so yet
+        return moved
 
     def _plan(self, arrays: list[Any], *, strict: bool) -> tuple[list[_Evacuated], list[_Buffer]]:
         """What is to be done for each array, and each buffer once.
@@ -208,14 +219,14 @@ class JaxEvacuator:
             raise EvacuationError("the program holds the GPU address of a jax array")
 
     def _copy_out(self, plans: list[_Evacuated]) -> None:
-        """Fill in every buffer's host copy; all copies are begun before the first is waited for."""
-        buffers = list({id(buffer): buffer for plan in plans for buffer in plan.buffers}.values())
+        """Fill in every buffer's host copy."""
+        buffers = _buffers(plans)
+        nbytes = sum(buffer.nbytes for buffer in buffers)
+        held = sum(buffer.nbytes for buffer in _buffers(list(self._evacuated.values())))
         try:
-            for buffer in buffers:
-                with contextlib.suppress(RuntimeError):
-                    buffer.array._copy_single_device_array_to_host_async()
-            for buffer in buffers:
-                buffer.host = _to_host(buffer.array)
+            arrays, devices = [buffer.array for buffer in buffers], [buffer.device for buffer in buffers]
+            for buffer, copy in zip(buffers, self._copies.out(arrays, devices, nbytes, held), strict=True):
+                buffer.host = copy
         except (MemoryError, RuntimeError) as error:
             raise EvacuationError(f"jax arrays could not be copied to host memory: {error}") from error
         for buffer in buffers:
@@ -223,35 +234,42 @@ class JaxEvacuator:
 
     # --- and back ---------------------------------------------------------------------------------------------------
 
-    def restore(self) -> int:
+    def restore(self, limit: int | None = None) -> int:
         """See Evacuator.restore."""
-        moved: list[_Buffer] = []
-        restored = []
         try:
-            with moving(), self._lock, self._internals.config.enable_x64(True):
-                for identity, entry in list(self._evacuated.items()):
-                    array = entry.ref()
-                    if array is None:
-                        continue
-                    for buffer in entry.buffers:
-                        if buffer.array is None:
-                            buffer.array = self._put(buffer)
-                            moved.append(buffer)
-                    repoint(array, self._assemble(entry))
-                    self._evacuated.pop(identity, None)
-                    restored.append(array)
-                for array in restored:
-                    array.block_until_ready()
+            with moving(), self._lock:
+                return self._move_in(list(self._evacuated.values()), limit)
         except RuntimeError as error:
             if out_of_memory(error):
                 raise MemoryError(str(error)) from error
             raise
+
+    def _move_in(self, plans: list[_Evacuated], limit: int | None = None) -> int:
+        """Bring these back, in order, as far as the limit goes: the bytes moved."""
+        moved: list[_Buffer] = []
+        restored = []
+        total = 0
+        with self._internals.config.enable_x64(True):
+            for entry in plans:
+                array = entry.ref()
+                if array is None:
+                    continue
+                total += sum(buffer.nbytes for buffer in entry.buffers if buffer.array is None)
+                if limit is not None and total > limit:
+                    break
+                for buffer in entry.buffers:
+                    if buffer.array is None:
+                        buffer.array = self._put(buffer)
+                        moved.append(buffer)
+                repoint(array, self._assemble(entry))
+                self._evacuated.pop(id(array), None)
+                restored.append(array)
+            for array in restored:
+                array.block_until_ready()
         return _fullest(moved)
 
     def _put(self, buffer: _Buffer) -> Any:
-        return self._internals.xla_client.batched_device_put(
-            buffer.aval, buffer.sharding, [buffer.host], [buffer.device], True
-        )
+        return self._copies.back(buffer.host, buffer.aval, buffer.sharding, buffer.device)
 
     def _assemble(self, entry: _Evacuated) -> Any:
         """A new array of restored buffers, the same as the evacuated one in every respect."""
@@ -323,23 +341,32 @@ class JaxEvacuator:
         return set_output_runtime_token
 
 
+def _buffers(plans: list[_Evacuated]) -> list[_Buffer]:
+    """Each buffer of these arrays once."""
+    return list({id(buffer): buffer for plan in plans for buffer in plan.buffers}.values())
+
+
+def _sharing(plans: list[_Evacuated]) -> Iterator[tuple[list[_Evacuated], int]]:
+    """The arrays in groups that share buffers, each with its bytes: a buffer is moved with all arrays that have it."""
+    groups: dict[int, list[_Evacuated]] = {}  # by id of a buffer
+    for plan in plans:
+        group = [plan]
+        for buffer in plan.buffers:
+            other = groups.get(id(buffer), group)
+            if other is not group:
+                group += other
+                groups.update({id(shared): group for member in other for shared in member.buffers})
+            groups[id(buffer)] = group
+    for group in {id(group): group for group in groups.values()}.values():
+        yield group, sum(buffer.nbytes for buffer in _buffers(group))
+
+
 def _memory_stats(device: Any) -> dict[str, int]:
     """What the device's allocator says; nothing where it says nothing."""
     try:
         return device.memory_stats() or {}
     except (RuntimeError, AttributeError):
         return {}
-
-
-def _to_host(shard: Any) -> Any:
-    """A copy of a single-device array in host memory of its own, bit for bit."""
-    import numpy
-
-    if hasattr(shard, "_single_device_array_to_np_array_did_copy"):
-        host, copied = shard._single_device_array_to_np_array_did_copy()
-    else:
-        host, copied = shard._single_device_array_to_np_array(), False
-    return host if copied else numpy.array(host, copy=True, order="C")
 
 
 def _special_format(array: Any) -> Any:

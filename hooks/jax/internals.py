@@ -81,10 +81,10 @@ class moving(passing):
 
     def __enter__(self) -> None:
         super().__enter__()
-        thread.moves = True
+        self._moved, thread.moves = thread.moves, True
 
     def __exit__(self, *_: object) -> None:
-        thread.moves = False
+        thread.moves = self._moved
         super().__exit__()
 
 

@@ -55,12 +55,13 @@ def install_gating(gate: Gate) -> None:
     global _adopting, _patches
     from acb.client.runtime import warn_once
     from acb.hooks import threads
-    from acb.hooks.torch import gating, gating_compiled, gating_cuda, patching, regions
+    from acb.hooks.torch import extensions, gating, gating_compiled, gating_cuda, patching, regions
 
     regions.bind(gate)
     if _patches is None:
         _patches = patching.Patches()
-        patching.apply(_patches, (*gating.STEPS, *gating_compiled.STEPS, *gating_cuda.STEPS), warn_once)
+        steps = (*gating.STEPS, *gating_compiled.STEPS, *gating_cuda.STEPS, *extensions.STEPS)
+        patching.apply(_patches, steps, warn_once)
         if not _adopting:
             _adopting = True
             threads.on_thread_start(regions.adopt_thread)

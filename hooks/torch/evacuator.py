@@ -12,11 +12,12 @@ import copy
 import functools
 import sys
 import weakref
+from collections.abc import Generator
 from typing import Any
 
 import torch
 
-from acb.client.evacuation import EvacuationError, fullest
+from acb.client.evacuation import EvacuationError, batches, fullest
 from acb.hooks.torch import reach
 from acb.hooks.torch.hostpool import HostPool, Place
 from acb.hooks.torch.memory import OutOfMemoryError
@@ -102,75 +103,100 @@ class TorchEvacuator:
     # --- evacuation ------------------------------------------------------------------------------------------------
 
     def evacuate(self) -> int:
-        """Move every storage to host memory; all or none. Returns the bytes moved off the GPU that had most of them;
-        raises EvacuationError.
-        """
+        """All of evacuation() at once; the bytes moved."""
+        return sum(self.evacuation())
+
+    def evacuation(self, piece: int = 0) -> Generator[int]:
+        """See acb.client.evacuation.Evacuator."""
         storages = reach.find_storages()
         obstacle = reach.obstacle(storages)
         if obstacle is not None:
             raise EvacuationError(f"PyTorch's memory has to stay on the GPU: {obstacle}")
         # Memory that belongs to another framework or process is not ours to move, and stays.
         storages = [storage for storage in storages if storage.resizable()]
+        in_pieces = piece > 0 and len(self._ordinals()) == 1
+        if in_pieces:
+            # What lies side by side goes together: only a block of the allocator's that is empty can be given back.
+            storages.sort(key=lambda storage: int(storage.data_ptr()))
         sizes = [int(torch._C.StorageBase.nbytes(storage)) for storage in storages]
         try:
             with self._on_used_device():
                 places = self._pool.take(sizes)
         except MemoryError as error:
             raise EvacuationError(f"no room in host memory for {sum(sizes)} bytes of PyTorch's: {error}") from None
+        pairs = zip(storages, places, strict=True)
+        pieces = list(batches(zip(pairs, sizes, strict=True), piece if in_pieces else 0))
+        storages = []
         try:
+            yield 0
             self.synchronize()
-            with _Copying(self._streams, storages, self._real):
-                for storage, place in zip(storages, places, strict=True):
+            while pieces:
+                yield self._move_out(pieces[0])
+                del pieces[0]
+        finally:
+            self._pool.give_back([place for pairs in pieces for _, place in pairs])
+
+    def _move_out(self, pairs: list[tuple[Any, Place]]) -> int:
+        """Move storages to their places, all or none: the bytes moved. What is not to be given back leaves `pairs`."""
+        try:
+            with _Copying(self._streams, [storage for storage, _ in pairs], self._real):
+                for storage, place in pairs:
                     self._copy(place.storage(), storage, place.slab.page_locked)
         except (RuntimeError, MemoryError) as error:
-            self._pool.give_back(places)
             raise EvacuationError(f"PyTorch could not copy its memory to the host: {error}") from None
-        moved = fullest((_ordinal(storage), size) for storage, size in zip(storages, sizes, strict=True))
-        self._parked += [_Parked(storage, place, self._pool) for storage, place in zip(storages, places, strict=True)]
+        moved = fullest((_ordinal(storage), place.nbytes) for storage, place in pairs)
+        parked = [_Parked(storage, place, self._pool) for storage, place in pairs]
+        self._parked += parked
         try:
-            for storage in storages:
+            for storage, _ in pairs:
                 self._resize(storage, 0)
         except RuntimeError as error:
-            self.restore()
+            pairs.clear()
+            self._move_in(parked)
             raise EvacuationError(f"PyTorch could not free its memory on the GPU: {error}") from None
-        storage = None
-        storages.clear()
+        pairs.clear()
+        del storage
         if hasattr(torch._C, "_cuda_clearCublasWorkspaces"):
             torch._C._cuda_clearCublasWorkspaces()  # made again when they are needed
         self._empty_cache()
         return moved
 
-    def restore(self) -> int:
-        """Bring back what evacuate() moved, each storage to its own GPU. Returns the bytes moved onto the GPU that got
-        most of them; after a MemoryError it may be called again.
-        """
+    def restore(self, limit: int | None = None) -> int:
+        """See acb.client.evacuation.Evacuator."""
+        moved, failure = self._move_in(self._parked, limit)
+        if failure is not None:
+            left = sum(parked.nbytes for parked in self._parked)
+            raise MemoryError(f"the GPU has no room for {left} bytes of PyTorch's: {failure}")
+        if not self._parked:
+            self._pool.trim_if_short()
+        return moved
+
+    def _move_in(self, chosen: list[_Parked], limit: int | None = None) -> tuple[int, str | None]:
+        """Bring these back, in order, as far as the limit and the room go: the bytes moved; why not more."""
         back: list[tuple[Any, _Parked]] = []
         failure: str | None = None
-        for parked in self._parked:
+        total = 0
+        for parked in chosen:
             storage = parked.storage()
             if storage is None:
                 continue
+            total += parked.nbytes
+            if limit is not None and total > limit:
+                break
             try:
                 self._resize(storage, parked.nbytes)
             except OutOfMemoryError as error:
                 failure = str(error)
                 break
             back.append((storage, parked))
-        storages = [storage for storage, _ in back]
-        with _Copying(self._streams, storages, self._real):
+        with _Copying(self._streams, [storage for storage, _ in back], self._real):
             for storage, parked in back:
                 self._copy(storage, parked.place.storage(), parked.place.slab.page_locked)
         moved = fullest((parked.ordinal, parked.nbytes) for _, parked in back)
         self._pool.give_back([parked.place for _, parked in back])
         done = {id(parked) for _, parked in back}
-        del storages
         self._parked = [parked for parked in self._parked if id(parked) not in done and parked.storage() is not None]
-        back.clear()
-        if failure is not None:
-            left = sum(parked.nbytes for parked in self._parked)
-            raise MemoryError(f"the GPU has no room for {left} bytes of PyTorch's: {failure}")
-        self._pool.trim_if_short()
-        return moved
+        return moved, failure
 
 
 class _Copying:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from typing import Any
 
 import torch
 
 from acb.hooks.torch import devices, reach
 from acb.hooks.torch.patching import Patches
-from acb.hooks.torch.regions import always, first_use, gated, when_used
+from acb.hooks.torch.regions import Stretch, always, first_use, gated, when_used
 
 cuda: Any = torch.cuda
 
@@ -73,21 +74,49 @@ def patch_streams_and_events(patches: Patches) -> None:
 
 
 def patch_graphs(patches: Patches) -> None:
-    """CUDA graphs hold raw addresses: from its capture on, a graph keeps this process's memory where it is."""
+    """CUDA graphs hold raw addresses: from its capture on, a graph keeps this process's memory where it is.
+
+    A capture is one region: a wait for the device in the midst of it, as for giving the lease back, would spoil it.
+    """
     kind = cuda.CUDAGraph
-    capture = gated(kind.capture_begin, always)
+    capture, end = gated(kind.capture_begin, always), gated(kind.capture_end, always)
+    capturing: weakref.WeakKeyDictionary[Any, Stretch] = weakref.WeakKeyDictionary()
 
     @functools.wraps(kind.capture_begin)
     def capture_begin(self: Any, *args: Any, **kwargs: Any) -> Any:
         reach.captured(self)
-        return capture(self, *args, **kwargs)
+        stretch = Stretch()
+        stretch.enter()
+        try:
+            result = capture(self, *args, **kwargs)
+        except BaseException:
+            stretch.exit()
+            raise
+        capturing[self] = stretch
+        return result
+
+    def ended(self: Any) -> None:
+        stretch = capturing.pop(self, None)
+        if stretch is not None:
+            stretch.exit()
+
+    @functools.wraps(kind.capture_end)
+    def capture_end(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return end(self, *args, **kwargs)
+        finally:
+            ended(self)
 
     patches.set(kind, "capture_begin", capture_begin)
-    patches.replace_all(kind, ("capture_end", "replay", "instantiate"), lambda original: gated(original, always))
+    patches.set(kind, "capture_end", capture_end)
+    patches.replace_all(kind, ("replay", "instantiate"), lambda original: gated(original, always))
 
     @functools.wraps(kind.reset)
     def reset(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = released(self, *args, **kwargs)
+        try:
+            result = released(self, *args, **kwargs)
+        finally:
+            ended(self)
         reach.uncaptured(self)
         return result
 

@@ -1,4 +1,4 @@
-"""Patches of PyTorch, one by one, each of which can be undone; one that fails costs only itself."""
+"""Patches of a framework, one by one, each of which can be undone; one that fails costs only itself."""
 
 from __future__ import annotations
 
@@ -48,11 +48,17 @@ class Patches:
                 setattr(owner, name, before)
 
 
-def apply(patches: Patches, steps: Iterable[Callable[[Patches], None]], warn: Callable[[str, str], None]) -> None:
+def apply(
+    patches: Patches,
+    steps: Iterable[Callable[[Patches], None]],
+    warn: Callable[[str, str], None],
+    framework: str = "PyTorch",
+) -> None:
     """Take every step; one that fails is reported once through ``warn(key, message)`` and left out."""
     for step in steps:
         try:
             step(patches)
         except Exception as error:
             what = step.__name__.strip("_").replace("_", " ")
-            warn(f"torch:{step.__name__}", f"PyTorch hook {what!r} is not in effect: {type(error).__name__}: {error}")
+            message = f"{framework} hook {what!r} is not in effect: {type(error).__name__}: {error}"
+            warn(f"{framework}:{step.__name__}", message)

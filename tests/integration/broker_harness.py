@@ -106,8 +106,11 @@ class Site:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
     def broker_log(self) -> str:
-        """What the last broker has said."""
-        return (self.log / f"broker{len(self.brokers) - 1}").read_text()
+        """What the last broker has said, but for its start and its end."""
+        lines = (self.log / f"broker{len(self.brokers) - 1}").read_text().splitlines(keepends=True)
+        return "".join(
+            line for line in lines if not line.startswith(("gpu_assigner: started ", "gpu_assigner: ended "))
+        )
 
     def kill_broker(self, number: int = signal.SIGKILL) -> None:
         """Send the broker a signal, and wait for its end."""

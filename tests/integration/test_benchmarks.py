@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from benchmarks.gpu_parts import PARTS
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -70,6 +74,10 @@ def test_the_simulation_runs_every_table(tmp_path: Path) -> None:
     assert {line["pair"] for line in found["quantum"]} == {"half", "never"}
     assert found["starvation"][0]["policy"] == "fifo"
     assert "virtual time" in printed
+    tables = printed[: printed.index("The broker's core in virtual time")]
+    assert "GPU busy" in tables
+    assert max(map(len, tables.splitlines())) <= 120
+    assert "…" not in tables
 
 
 def test_the_throughput_is_told_in_rows(tmp_path: Path) -> None:
@@ -78,6 +86,8 @@ def test_the_throughput_is_told_in_rows(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert "simulated" in done.stdout
+    assert "promised" not in done.stdout  # which is of more jobs than these
+    assert done.stdout.splitlines()[-1].startswith("on ")
     assert picture.stat().st_size > 0
     rows: list[dict[str, Any]] = json.loads(file.read_text())
     kinds = {(row["jobs"], row["policy"], row["swapping"]) for row in rows}
@@ -124,19 +134,89 @@ def test_the_gpu_benchmark_says_what_is_missing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     [file] = tmp_path.glob("gpu-*.json")
     parts = json.loads(file.read_text())["parts"]
-    assert set(parts) == {"torch", "jax", "experiment"}
+    assert list(parts) == list(PARTS)
     assert {part["status"] for part in parts.values()} == {"skipped"}
     assert all(part["reason"] for part in parts.values())
 
 
-def test_the_gpu_benchmark_on_a_simulated_gpu_finds_nothing_wrong(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu", "--simulate", "--quick", "--out", str(tmp_path)]
-    done = subprocess.run([*command, "--only", "torch,jax"], cwd=ROOT, capture_output=True, text=True, timeout=110)
+def on_a_simulated_gpu(tmp_path: Path, only: str) -> dict[str, dict[str, Any]]:
+    """What a quick run of some parts writes to its JSON file, none of which may have failed."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--simulate", "--quick", "--out", str(tmp_path), "--only", only]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "simulated" in done.stdout
     [file] = tmp_path.glob("gpu-*.json")
-    figures = json.loads(file.read_text())
+    figures: dict[str, Any] = json.loads(file.read_text())
     assert figures["simulated"] is True
-    for part in figures["parts"].values():
+    parts: dict[str, dict[str, Any]] = figures["parts"]
+    assert list(parts) == only.split(",")
+    for part in parts.values():
         assert part["status"] == "done", part
+        assert "failed" not in {row["kind"] for row in part["rows"]}
+    return parts
+
+
+def test_the_gpu_benchmark_on_a_simulated_gpu_finds_nothing_wrong(tmp_path: Path) -> None:
+    for part in on_a_simulated_gpu(tmp_path, "torch,jax").values():
         assert {row["kind"] for row in part["rows"]} == {"measured", "passed"}
+
+
+def test_the_gpu_benchmark_hands_over_with_and_without_copying(tmp_path: Path) -> None:
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("not installed: torch")
+    part = on_a_simulated_gpu(tmp_path, "handover")["handover"]
+    assert {row["kind"] for row in part["rows"]} == {"measured", "passed"}
+    alone, stays, moves = (part["figures"][name] for name in ("lease alone", "data stays", "data moves"))
+    for figures in (alone, stays):
+        assert figures["ratio"] == figures["handover_us"] / figures["roundtrip_us"]
+        assert figures["handover_percentiles_us"]["p50"] <= figures["handover_percentiles_us"]["p90"]
+    assert stays["evacuations"] == 0
+    assert moves["evacuations"] >= len(moves["seconds"]) > 3
+    assert moves["ratio"] > 0
+
+
+def test_the_gpu_benchmark_weighs_the_hooks(tmp_path: Path) -> None:
+    part = on_a_simulated_gpu(tmp_path, "overhead")["overhead"]
+    for framework, count in (("torch", 2), ("jax", 2)):
+        if importlib.util.find_spec(framework) is None:
+            assert [row["remark"] for row in part["rows"] if row["question"] == framework] == [
+                f"not installed: {framework}"
+            ]
+            continue
+        name = "PyTorch" if framework == "torch" else "JAX"
+        found = [figures for question, figures in part["figures"].items() if name in question]
+        assert len(found) == count
+        for figures in found:
+            assert figures["overhead_low"] <= figures["overhead"] <= figures["overhead_high"]
+            assert figures["plain_us"] > 0
+
+
+def test_the_gpu_benchmark_moves_programs_by_a_simulated_driver(tmp_path: Path) -> None:
+    parts = on_a_simulated_gpu(tmp_path, "driver,graphs")
+    assert [row["question"] for row in parts["driver"]["rows"] if row["kind"] == "skipped"] == ["probe"]
+    assert [row["question"] for row in parts["graphs"]["rows"] if row["kind"] == "skipped"] == ["a captured CUDA graph"]
+    figures = parts["driver"]["figures"]
+    assert figures["64 MiB"]["freed"] >= figures["64 MiB"]["bytes"] == 64 << 20
+    assert {"64 MiB together"} <= set(figures)
+    passed = [row["question"] for row in parts["graphs"]["rows"] if row["kind"] == "passed"]
+    assert "evacuation is refused by name" in passed
+    assert "the driver suspends the program" in passed
+
+
+def test_the_gpu_benchmark_compares_a_training_run_with_itself(tmp_path: Path) -> None:
+    part = on_a_simulated_gpu(tmp_path, "training")["training"]
+    assert part["figures"]["equal"] is part["figures"]["steady"] is True
+    assert part["figures"]["evacuations"] == 10
+    assert {row["kind"] for row in part["rows"]} == {"passed"}
+
+
+def test_the_gpu_benchmark_skips_by_name_what_it_has_no_time_for(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--simulate", "--quick", "--out", str(tmp_path), "--limit", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [file] = tmp_path.glob("gpu-*.json")
+    parts = json.loads(file.read_text())["parts"]
+    assert list(parts) == list(PARTS)
+    for part in parts.values():
+        assert part["status"] == "skipped"
+        assert part["reason"].endswith("s of 1 s are left") or part["reason"].startswith("not installed"), part

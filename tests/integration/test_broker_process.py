@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 from broker_harness import MIB, FakeBroker, Site, wait_until
 
+from acb._version import __version__
 from acb.processes import start_time
-from acb.protocol import Goodbye, Welcome
+from acb.protocol import AskStatus, Goodbye, Welcome
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
@@ -80,7 +81,45 @@ def test_signals_end_it_cleanly(site: Site, number: int) -> None:
         assert isinstance(peer.receive(), Goodbye)
     assert site.brokers[-1].returncode == 0
     assert os.listdir(site.directory) == []
-    assert site.broker_log() == ""
+    started, ended = (site.log / "broker0").read_text().splitlines()
+    assert started.startswith("gpu_assigner: started ")
+    for part in (__version__, str(site.brokers[-1].pid), "1 simulated GPU of 64MiB", "--slots 1", str(site.socket)):
+        assert part in started
+    assert ended.startswith("gpu_assigner: ended ")
+    assert signal.Signals(number).name in ended
+
+
+def test_what_a_broker_in_the_background_has_logged_lies_beside_its_socket_until_it_ends(site: Site) -> None:
+    assert site.gpu_assigner("start", "--simulate-gpus", "1x32MiB", "--quantum", "2").returncode == 0
+    path = site.directory / "broker.log"
+    [line] = wait_until("its first line", lambda: path.read_text().splitlines())
+    assert "--simulate-gpus 1x32MiB --scheduler fifo" in line
+    assert "--quantum 2.0" in line
+    with open(path) as log:
+        program = site.program()
+        program.do("enter")
+        assert site.gpu_assigner("stop").returncode == 0
+        end = log.read().splitlines()[-1]
+        program.kill()
+    assert "by gpu_assigner stop; 1 program that it knew still runs" in end
+    assert not path.exists()
+
+
+def test_a_broker_that_fails_leaves_its_log(site: Site) -> None:
+    text = (
+        "from acb.broker.server import Server; Server._readable = lambda self, connection: 1 / 0\n"
+        "from acb.cli.gpu_assigner import main; main()"
+    )
+    log = site.directory / "broker.log"
+    arguments = ["start", "--foreground", "--log", str(log), "--simulate-gpus", "1x32MiB"]
+    with subprocess.Popen([sys.executable, "-c", text, *arguments], env=site.environment()) as broker:
+        wait_until("its log", lambda: log.exists() and "started" in log.read_text())
+        with contextlib.suppress(ConnectionError), site.connect() as peer:
+            peer.send(AskStatus())
+            peer.receive()
+        assert broker.wait(30) == 1
+    assert "ZeroDivisionError" in log.read_text()
+    assert sorted(os.listdir(site.directory)) == ["broker.journal", "broker.log"]
 
 
 def test_blocked_signals_of_whoever_starts_it_are_not_inherited(site: Site) -> None:
@@ -159,7 +198,9 @@ def test_jobs_have_brokers_of_their_own(site: Site) -> None:
     assert os.listdir(site.directory) == []
 
 
-def test_stop_waits_for_the_end_and_gives_up_on_a_hanging_broker(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_waits_for_the_end_and_gives_up_on_a_hanging_broker(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from acb.cli import gpu_assigner
     from acb.cli.gpu_assigner import talk
 
@@ -172,6 +213,8 @@ def test_stop_waits_for_the_end_and_gives_up_on_a_hanging_broker(site: Site, mon
         assert gpu_assigner.main(["stop"]) == 75
         assert gpu_assigner.main(["status"]) == 75
         assert gpu_assigner.main(["start"]) == 75
+        said = capsys.readouterr().err
+        assert said.count(f"kill -9 $(cat {site.directory}/broker.pid)\n") == 3
     finally:
         site.brokers[-1].send_signal(signal.SIGCONT)
 
@@ -376,11 +419,19 @@ def test_a_limit_on_file_sizes_is_like_a_full_disk(site: Site) -> None:
 
 
 def test_other_options_than_the_running_brokers_are_refused_by_name(site: Site) -> None:
-    site.start("1x64MiB", "--scheduler", "fair")
-    for options in ([], ["--simulate-gpus", "1x64MiB"], ["--scheduler", "fair"]):
-        assert site.gpu_assigner("start", *options).returncode == 0
-    for options in (["--simulate-gpus", "1x32MiB"], ["--scheduler", "fifo"], ["--quantum", "2"], ["--slots", "2"]):
-        refused = site.gpu_assigner("start", *options)
+    site.start("2x64MiB", "--scheduler", "fair")
+    same = "", "--simulate-gpus 2x64MiB", "--scheduler fair", "--scheduler gpu-sharing", "--slots 1", "--gpu-list all"
+    for options in (*same, "--gpu-list 0,1", "--gpu-list 1,0"):
+        accepted = site.gpu_assigner("start", *options.split())
+        assert accepted.returncode == 0, accepted.stderr
+        assert "2 simulated GPUs of 64MiB" in accepted.stderr
+        assert "--scheduler fair --slots 1 --driver-tier auto" in one_line(accepted.stderr)
+    for options in (
+        "--simulate-gpus 1x32MiB", "--scheduler fifo", "--quantum 2.0", "--slots 2", "--driver-tier off",
+        "--gpu-list 0", "--gpu-list 0,2",
+    ):  # fmt: skip
+        refused = site.gpu_assigner("start", "--slots", "1", *options.split())
         assert refused.returncode == 69
-        assert " ".join(options)[:9] in refused.stderr
+        assert "--scheduler fair --slots 1 --driver-tier auto" in one_line(refused.stderr)
+        assert f"and not with {options};" in refused.stderr
         assert "gpu_assigner stop" in refused.stderr

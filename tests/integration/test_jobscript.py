@@ -1,4 +1,4 @@
-"""A batch job's script as people write it for PJM and Slurm, run by sh: broker, programs in the background, pkill."""
+"""A batch job's script as people write it for PJM and Slurm, run by sh: broker, programs in the background, its end."""
 
 from __future__ import annotations
 
@@ -28,14 +28,17 @@ class Memory:
     def peak(self): return self.held
     def reset_peak(self): pass
 
-    def evacuate(self):
+    def evacuation(self, piece=0):
+        yield 0
         moved, self.held = self.held, 0
         card.free(moved)
         card.held()  # the others may see it now
         self.away += moved
-        return moved
+        yield moved
 
-    def restore(self):
+    def restore(self, limit=None):
+        if limit is not None and self.away > limit:
+            return 0
         try:
             card.allocate(self.away)
         except CardOutOfMemory as error:
@@ -70,8 +73,8 @@ done
 wait
 cat out.*
 pgrep -c -x gpu_assigner
-pkill gpu_assigner
-while pgrep -x gpu_assigner > /dev/null; do :; done
+gpu_assigner stop
+pgrep -c -x gpu_assigner
 ls "$ACB_RUNTIME_DIR"
 """
 
@@ -118,10 +121,12 @@ def run_script(
 def test_a_job_script_works_as_it_stands(site: Site, namespace: list[str], tmp_path: Path, job: dict[str, str]) -> None:
     done = run_script(site, namespace, tmp_path, SCRIPT, **job)
     programs = "".join(f"program{i} done, violations: 0\n" for i in (1, 2, 3, 4))
-    assert done.stdout == programs + "1\n", done.stderr
+    assert done.stdout == programs + "1\n0\n", done.stderr
     assert done.returncode == 0
-    assert done.stderr.count("\n") == 1
-    assert "gpu_assigner: started" in done.stderr
+    assert [line.split(" (")[0] for line in done.stderr.splitlines()] == [
+        "gpu_assigner: started",
+        "gpu_assigner: stopped",
+    ]
     assert os.listdir(site.directory) == []
 
 

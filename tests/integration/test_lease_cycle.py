@@ -166,6 +166,24 @@ def test_who_runs_short_gets_more_room_and_others_are_evacuated_for_it(site: Sit
     quiet_end(first, second)
 
 
+def test_who_runs_short_beside_memory_that_the_broker_does_not_know_has_others_evacuated(site: Site) -> None:
+    """By the broker's books there is room: they show no contexts, and no strangers."""
+    site.start("1x64MiB")
+    first, second = site.program(ACB_GPU_MEMORY="40MiB"), site.program(ACB_GPU_MEMORY="10MiB")
+    first.do("enter")
+    first.do("add", "model", 40 * MIB)
+    first.do("leave")
+    second.do("enter")
+    with site.card() as stranger:
+        stranger.allocate(8 * MIB)
+        for number in range(12):
+            second.do("add", f"piece {number}", 2 * MIB)
+        assert site.client(first)["state"] == "evacuated"
+    second.do("leave")
+    first.do("region")
+    quiet_end(first, second)
+
+
 def test_who_asks_for_more_than_the_gpu_has_sees_its_own_error(site: Site) -> None:
     site.start("1x64MiB")
     program = site.program()

@@ -197,3 +197,33 @@ def test_two_programs_of_one_file_name_are_not_taken_for_each_other(site: Site, 
     [key] = json.loads((tmp_path / "programs.json").read_text())
     assert Path(key).is_absolute()
     assert Path(key).name == "leaser.py"
+
+
+def test_a_program_bound_to_a_gpu_that_the_next_broker_lacks_says_so_and_waits_for_one_that_has_it(site: Site) -> None:
+    site.start("2x64MiB")
+    programs = [site.program() for _ in range(2)]
+    for program in programs:
+        program.do("take_turns", 1, 10 * MIB)
+    here, elsewhere = sorted(programs, key=lambda program: int(program.do("facts")["gpu"]))
+    assert site.gpu_assigner("stop").returncode == 0
+    site.start("2x64MiB", "--gpu-list", "0")
+    site.wait_for(here, "running")
+    wait_until("the other one to hear of it", lambda: elsewhere.do("facts")["closed"])
+    assert elsewhere.errors == ""  # as long as it wants nothing
+    elsewhere.begin("region")
+    site.wait_for(elsewhere, "waiting")
+    sentence = f"process {elsewhere.pid} is bound to GPU 1, which this broker does not lend"
+    wait_until("the program to say so", lambda: elsewhere.errors.count("\n"))
+    assert sentence in elsewhere.errors
+    assert "--gpu-list 0,1\n" in elsewhere.errors
+    assert sentence in site.broker_log()
+    assert sentence in site.gpu_assigner("status").stdout
+    here.do("region")
+    assert site.gpu_assigner("stop").returncode == 0
+    site.start("2x64MiB", "--gpu-list", "0,1")
+    elsewhere.end("region")
+    assert elsewhere.do("facts")["gpu"] == 1
+    assert elsewhere.errors.count("\n") == 1
+    assert site.violations() == []
+    for program in programs:
+        program.kill()

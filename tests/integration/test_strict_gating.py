@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import standin_extension
+import standin_triton
 
 from acb.devices.simulated import Card
 
@@ -30,12 +32,16 @@ def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("program", "framework", "rounds"), [("mixed_torch.py", "torch", 6), ("mixed_jax.py", "jax", 6)]
+    ("program", "framework", "rounds"),
+    [("mixed_torch.py", "torch", 6), ("mixed_jax.py", "jax", 6), ("mixed_kernels.py", "torch", 600)],
 )
 def test_nothing_touches_the_device_while_another_client_holds_it(
-    environment: dict[str, str], program: str, framework: str, rounds: int
+    environment: dict[str, str], tmp_path: Path, program: str, framework: str, rounds: int
 ) -> None:
     pytest.importorskip(framework)
+    if program == "mixed_kernels.py":
+        environment["PYTHONPATH"] = str(standin_triton.write(tmp_path))
+        standin_extension.build(tmp_path, "standin_torch", "libtorch_python.so")
     command = [*LAUNCH, sys.executable, str(PROGRAMS / program), str(rounds)]
     alone = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert alone.returncode == 0, alone.stderr

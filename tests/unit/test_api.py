@@ -208,6 +208,13 @@ def test_the_decorator_keeps_the_function_what_it_was(client: FakeClient) -> Non
     assert recursive(4) == 10
 
 
+def test_the_decorator_without_parentheses_says_what_to_write() -> None:
+    with pytest.raises(TypeError, match=r"write `@acb\.gpu\(\)`, with parentheses, before predict"):
+
+        @acb.gpu  # type: ignore[arg-type]
+        def predict() -> None: ...
+
+
 def test_what_does_its_work_after_the_call_cannot_be_decorated(client: FakeClient) -> None:
     async def coroutine() -> None: ...
 

@@ -17,6 +17,7 @@ from acb.protocol import (
     Evacuate,
     Evacuated,
     Grant,
+    Headroom,
     Hello,
     Message,
     MoreRoom,
@@ -43,7 +44,8 @@ class Program:
         self.lease = self.waiting = self.revoked = self.evacuate = self.restoring = self.refused = False
         self.room_answers = self.room_asked = 0
         self.suspend = self.resume = False
-        self.parked = 0
+        self.parked = self.headroom = 0
+        self.following = False
         self.onto = ""  # the GPU on which the driver is bringing its memory back, another than before
         self.moved = False  # its memory is back on another GPU, which it has not heard of
 
@@ -51,6 +53,13 @@ class Program:
     def free(self) -> bool:
         """Whether it may ask."""
         return not (self.lease or self.waiting or self.refused)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is its turn to do something."""
+        if self.refused or self.waiting or self.suspend or self.resume or self.room_asked != self.room_answers:
+            return self.evacuate
+        return not self.following
 
     def take(self, message: Message) -> None:
         if isinstance(message, Grant):
@@ -62,6 +71,13 @@ class Program:
             assert not self.moved or self.gpus != gpus
             self.gpus, self.moved = gpus, False
             self.lease, self.waiting, self.restoring = True, False, self.evacuated > 0
+            self.headroom, self.following = message.headroom, message.coming > 0
+            assert self.restoring or not self.following, "what is it to bring back?"
+        elif isinstance(message, Headroom):
+            assert self.lease
+            assert self.following
+            assert message.headroom >= self.headroom
+            self.headroom, self.following = message.headroom, message.coming > 0
         elif isinstance(message, Revoke):
             self.revoked = True
         elif isinstance(message, Uncontended):
@@ -205,7 +221,7 @@ class Histories(RuleBasedStateMachine):
     @some("restoring")
     @rule(data=st.data())
     def restored(self, data: st.DataObject) -> None:
-        if found := self.pick(data, lambda p: p.restoring):
+        if found := self.pick(data, lambda p: p.restoring and not p.following):
             client, program = found
             program.resident, moved, program.evacuated = program.resident + program.evacuated, program.evacuated, 0
             program.restoring = False
@@ -221,6 +237,30 @@ class Histories(RuleBasedStateMachine):
             program.resident -= moved
             program.evacuated += moved
             self.tell(client, Evacuated(program.resident, moved, 0.1, "no host memory" if refuse else ""))
+
+    @some("evacuate")
+    @rule(data=st.data(), fraction=st.floats(0, 1))
+    def evacuated_in_part(self, data: st.DataObject, fraction: float) -> None:
+        if found := self.pick(data, lambda p: p.evacuate):
+            client, program = found
+            moved = int(fraction * max(0, program.resident - program.residue))
+            program.resident -= moved
+            program.evacuated += moved
+            self.tell(client, Evacuated(program.resident, moved, 0.1, more=True))
+
+    @some("restoring")
+    @rule(data=st.data(), fraction=st.floats(0, 1))
+    def restores_no_further(self, data: st.DataObject, fraction: float) -> None:
+        """Preempted, or without room, in the middle of bringing its memory back."""
+        if found := self.pick(data, lambda p: p.restoring and p.revoked and p.room_asked == p.room_answers):
+            client, program = found
+            room = max(0, self.broker.clients[client].headroom - program.resident)
+            moved = min(room, int(fraction * (program.evacuated - 1)))
+            program.resident += moved
+            program.evacuated -= moved
+            program.lease = program.revoked = program.restoring = program.following = False
+            program.waiting = True
+            self.tell(client, Yield(program.resident, program.peak, True))
 
     @some("suspend")
     @rule(data=st.data(), problem=st.sampled_from(["", "", "timeout"]))
@@ -272,6 +312,37 @@ class Histories(RuleBasedStateMachine):
             if asks and not program.lease:
                 self.tell(client, Request())
 
+    @rule(data=st.data(), steps=st.integers(5, 40), sizes=st.sampled_from([1.0, 1.0, 0.6]))
+    def go_on(self, data: st.DataObject, steps: int, sizes: float) -> None:
+        """The programs do for a while what they exist for, in any order: memory goes and comes, mostly in pieces."""
+        for _ in range(steps):
+            ready = {i: p for i, p in self.programs.items() if p.ready}
+            if not ready:
+                return
+            client = data.draw(st.sampled_from(sorted(ready)))
+            program = ready[client]
+            if program.evacuate:
+                self._evacuate_on(client, program, data.draw(st.sampled_from([0.3, 0.5, 1.0])))
+            elif program.restoring:
+                program.resident, moved = program.resident + program.evacuated, program.evacuated
+                program.evacuated, program.restoring = 0, False
+                self.tell(client, Restored(program.resident, moved, 0.1))
+            elif program.lease:
+                held = min(int(program.size * sizes), self.broker.clients[client].headroom)
+                program.resident, program.peak = held, max(program.peak, held)
+                program.lease = program.revoked = False
+                self.tell(client, Yield(held, program.peak))
+            else:
+                program.waiting = True
+                self.tell(client, Request())
+
+    def _evacuate_on(self, client: int, program: Program, fraction: float) -> None:
+        moved = int(fraction * max(0, program.resident - program.residue))
+        program.resident -= moved
+        program.evacuated += moved
+        program.evacuate = program.resident > program.residue
+        self.tell(client, Evacuated(program.resident, moved, 0.1, more=program.evacuate))
+
     @some("lease")
     @rule(data=st.data(), nbytes=st.integers(1, CAPACITY))
     def more_room(self, data: st.DataObject, nbytes: int) -> None:
@@ -316,7 +387,7 @@ class Histories(RuleBasedStateMachine):
                 del self.programs[client]
                 self.deliver(self.broker.recovered({1000 + client}, self.now))
                 continue
-            program.evacuate = program.revoked = program.resume = False
+            program.evacuate = program.revoked = program.resume = program.following = False
             if program.suspend:  # nobody waits for the driver's answer any more; it has done it
                 program.parked, program.resident, program.suspend = program.resident, 0, False
             program.room_asked = program.room_answers = 0
@@ -390,13 +461,13 @@ class Histories(RuleBasedStateMachine):
                     program.evacuate = False
                     program.evacuated, program.resident = program.evacuated + program.resident, 0
                     self.tell(client, Evacuated(0, program.evacuated, 0.1))
-                elif program.restoring:
+                elif program.restoring and not program.following:
                     program.restoring, program.resident = False, program.resident + program.evacuated
                     moved, program.evacuated = program.evacuated, 0
                     self.tell(client, Restored(program.resident, moved, 0.1))
-                elif program.lease or (self.broker.clients[client].unmovable and not program.waiting):
+                elif (program.lease and not program.following) or self.broker.clients[client].stuck:
                     program.lease = False
-                    del self.programs[client]  # its work is done
+                    del self.programs[client]  # its work is done; what nobody can move goes only so
                     self.now += 0.001
                     self.deliver(self.broker.gone(client, self.now))
                 self.broker.check()
@@ -478,6 +549,22 @@ def test_more_room_evicts_the_others_and_is_refused_when_it_cannot_be_had() -> N
     assert "1.1KiB" in room.reason
 
 
+def test_who_runs_short_of_what_was_promised_is_believed_and_others_make_way() -> None:
+    """The books show no contexts: by them there is room, and there is none."""
+    broker = _broker(3, hint=300)
+    for client in (1, 2):
+        broker.handle(client, Request(), 0.0)
+        broker.handle(client, Yield(300, 300), 0.0)
+    broker.handle(3, Request(), 0.0)
+    assert broker.handle(3, MoreRoom(300, 50), 0.1) == [(3, Room(True))]
+    assert broker.handle(3, MoreRoom(300, 50), 0.2) == [(1, Evacuate())]  # one of them is enough
+    assert broker.handle(1, Evacuated(0, 300, 0.1), 0.3) == [(3, Room(True))]
+    assert broker.handle(3, MoreRoom(300, 50), 0.4) == [(2, Evacuate())]
+    assert broker.handle(2, Evacuated(300, 0, 0.1, "no host memory"), 0.5) == [(3, Room(True))]
+    assert broker.handle(3, MoreRoom(300, 50), 0.6) == [(3, Room(True))]  # nobody is left: it shall see for itself
+    broker.check()
+
+
 def test_a_client_that_cannot_be_moved_may_overtake_the_one_it_keeps_out() -> None:
     broker = _broker(2)
     broker.handle(1, Request(), 0.0)
@@ -516,3 +603,71 @@ def test_another_version_is_refused_with_both_versions() -> None:
     assert isinstance(refused, Refused)
     assert f"version {VERSION + 1}" in refused.reason
     assert f"version {VERSION}" in refused.reason
+
+
+# --- room that changes hands in pieces -------------------------------------------------------------------------------
+
+
+def _two_that_fill_the_gpu(slots: int = 1) -> Broker:
+    """Client 1 holds the lease; client 2's 900 bytes are in host memory, and it waits."""
+    broker = _broker(2, slots=slots)
+    broker.handle(2, Request(), 0.0)
+    broker.handle(2, Yield(900, 900), 0.5)
+    broker.handle(1, Request(), 1.0)
+    broker.handle(2, Evacuated(0, 900, 0.1), 1.1)
+    broker.handle(2, Request(), 2.0)
+    return broker
+
+
+def test_memory_comes_in_behind_what_leaves_and_the_program_runs_when_all_is_there() -> None:
+    broker = _two_that_fill_the_gpu()
+    [(who, evacuate)] = broker.handle(1, Yield(900, 900), 9.0)
+    assert who == 1
+    assert isinstance(evacuate, Evacuate)
+    assert evacuate.piece > 0
+    assert broker.handle(1, Evacuated(600, 300, 0.1, more=True), 9.1) == [(2, Grant(0, "GPU-x", 400, "", 600))]
+    assert broker.clients[2].state == "restoring"
+    assert broker.clients[1].state == "evacuating"
+    assert broker.handle(1, Evacuated(200, 400, 0.1, more=True), 9.2) == [(2, Headroom(800, 200))]
+    assert broker.handle(1, Evacuated(30, 170, 0.1), 9.3) == [(2, Headroom(970))], "a context stays"
+    assert (broker.clients[1].evacuated, broker.clients[1].resident) == (870, 30)
+    assert broker.handle(2, Restored(900, 900, 0.2), 9.4) == []
+    broker.check()
+
+
+def test_it_gets_what_there_is_when_the_rest_does_not_come() -> None:
+    broker = _two_that_fill_the_gpu()
+    broker.handle(1, Yield(900, 900), 9.0)
+    broker.handle(1, Evacuated(600, 300, 0.1, more=True), 9.1)
+    assert broker.handle(1, Evacuated(600, 0, 0.0, "no host memory"), 9.2) == [(2, Headroom(400))]
+    [(_, room)] = broker.handle(2, MoreRoom(300, 600), 9.3)
+    assert isinstance(room, Room)
+    assert not room.granted
+    assert broker.gone(1, 9.4) == []
+    assert broker.handle(2, MoreRoom(300, 600), 9.5) == [(2, Room(True))]
+
+
+def test_one_that_dies_while_it_leaves_leaves_all_its_room() -> None:
+    broker = _two_that_fill_the_gpu()
+    broker.handle(1, Yield(900, 900), 9.0)
+    broker.handle(1, Evacuated(600, 300, 0.1, more=True), 9.1)
+    assert broker.gone(1, 9.2) == [(2, Headroom(CAPACITY))]
+
+
+def test_one_that_dies_while_it_comes_in_leaves_the_gpu_to_the_next() -> None:
+    broker = _two_that_fill_the_gpu()
+    broker.handle(1, Yield(900, 900, wants=True), 9.0)
+    broker.handle(1, Evacuated(600, 300, 0.1, more=True), 9.1)
+    assert broker.gone(2, 9.2) == []
+    assert broker.handle(1, Evacuated(0, 600, 0.1), 9.3) == [(1, Grant(0, "GPU-x", CAPACITY))]
+
+
+def test_nobody_comes_in_early_without_memory_to_bring_back_or_beside_other_holders() -> None:
+    broker = _broker(2)
+    broker.handle(1, Request(), 0.0)
+    broker.handle(2, Request(), 0.0)
+    assert broker.handle(1, Yield(900, 900), 1.0) == [(1, Evacuate())]
+    assert broker.handle(1, Evacuated(600, 300, 0.1, more=True), 1.1) == []
+    broker = _two_that_fill_the_gpu(slots=2)
+    assert broker.handle(1, Yield(900, 900), 9.0) == [(1, Evacuate())]
+    assert broker.handle(1, Evacuated(600, 300, 0.1, more=True), 9.1) == []

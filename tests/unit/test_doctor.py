@@ -383,11 +383,11 @@ def test_brokers_that_run(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert only(broker.look()[1], "broker").mark == "warn"
 
     def silent(path: Path) -> None:
-        raise ConfigError(f"the GPU broker at {path} does not answer; end it with: pkill -9 gpu_assigner", 75)
+        raise ConfigError(f"the GPU broker at {path} does not answer; end it with: kill -9 7", 75)
 
     monkeypatch.setattr(broker.talk, "status", silent)
     check = only(broker.look()[1], "broker")
-    assert (check.mark, check.advice) == ("fail", "end it with: pkill -9 gpu_assigner")
+    assert (check.mark, check.advice) == ("fail", "end it with: kill -9 7")
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------

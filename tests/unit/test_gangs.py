@@ -6,7 +6,19 @@ from acb.broker.core import Broker, Gpu
 from acb.broker.policies import POLICIES
 from acb.broker.schedule import PATIENCE
 from acb.broker.state import Send
-from acb.protocol import VERSION, Evacuate, Evacuated, Grant, Hello, Refused, Request, Revoke, Uncontended, Yield
+from acb.protocol import (
+    VERSION,
+    Evacuate,
+    Evacuated,
+    Grant,
+    Hello,
+    Refused,
+    Request,
+    Revoke,
+    Uncontended,
+    Welcome,
+    Yield,
+)
 
 CAPACITY = 1000
 
@@ -164,10 +176,13 @@ def test_a_gang_too_large_for_enough_gpus_is_refused() -> None:
 
 
 def test_options_that_contradict_each_other_are_refused() -> None:
-    broker = _broker(4, member(0, size=2, count=4))
-    [(_, refused)] = broker.handle(1, Request(), 0.0)
-    assert isinstance(refused, Refused)
-    assert "--gpus 4" in refused.reason
+    for count in (4, 1):
+        broker = _broker(4, member(0, size=2, count=count))
+        [(_, refused)] = broker.handle(1, Request(), 0.0)
+        assert isinstance(refused, Refused)
+        assert f"--gpus {count}" in refused.reason
+    broker = _broker(4, member(0, size=2, count=2))
+    assert set(_grants(broker.handle(1, Request(), 0.0))) == {1}
 
 
 def test_a_new_broker_finds_a_gang_where_it_was() -> None:
@@ -182,6 +197,28 @@ def test_a_new_broker_finds_a_gang_where_it_was() -> None:
     assert [unit.gang for gpu in broker.gpus[1:] for unit in gpu.units] == ["g", "g"]
     assert set(_grants(broker.handle(3, Request(), 0.3))) == {3}
     broker.check()
+
+
+def test_who_is_bound_to_a_gpu_that_is_not_lent_waits_for_another_broker_and_for_nobody_here() -> None:
+    broker = _broker(2)
+    [(_, alone)] = broker.handle(1, Hello(VERSION, 7, "one", gpu=3, holding=True, resident=400), 0.0)
+    [(_, one_of_two)] = broker.handle(2, member(0, gpu=1, gpus="1,2", holding=True, resident=400), 0.0)
+    assert isinstance(alone, Welcome)
+    assert isinstance(one_of_two, Welcome)
+    assert not alone.lease
+    assert not one_of_two.lease
+    assert "process 7 is bound to GPU 3" in alone.stranded
+    assert "--gpu-list 0,1,3" in alone.stranded
+    assert "bound to GPU 2" in one_of_two.stranded
+    for client in (1, 2):
+        assert broker.handle(client, Request(), 0.0) == []
+        assert broker.clients[client].state == "waiting"
+        broker.check()
+    broker.handle(3, one(), 1.0)
+    assert set(_grants(broker.handle(3, Request(), 1.0))) == {3}
+    for client in (3, 2, 1):
+        assert _grants(broker.gone(client, 2.0)) == {}
+        broker.check()
 
 
 def test_a_member_that_asks_for_too_much_does_not_keep_the_others_waiting() -> None:

@@ -20,20 +20,20 @@ from hypothesis import strategies as st  # noqa: E402
 
 from acb.client.evacuation import EvacuationError  # noqa: E402
 from acb.hooks.jax import evacuator as evacuation  # noqa: E402
-from acb.hooks.jax import internals  # noqa: E402
+from acb.hooks.jax import hostcopies, internals  # noqa: E402
 
 DTYPES = [
     "bool", "int4", "uint4", "int8", "uint16", "int32", "float16", "bfloat16", "float32", "float8_e4m3fn", "complex64",
 ]  # fmt: skip
 
 
-@pytest.fixture
-def evacuator(monkeypatch: pytest.MonkeyPatch) -> Iterator[evacuation.JaxEvacuator]:
-    """An evacuator to which the CPU is a GPU."""
+@pytest.fixture(params=[True, False], ids=["page-locked", "ordinary"])
+def evacuator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[evacuation.JaxEvacuator]:
+    """An evacuator to which the CPU is a GPU; of jax's memory spaces, it has the page-locked one as well."""
     monkeypatch.setattr(internals, "GATED", internals.GATED)
     internals.GATED.add("cpu")
     try:
-        yield evacuation.JaxEvacuator(internals.Internals())
+        yield evacuation.JaxEvacuator(internals.Internals(), pinned=request.param)
     finally:
         internals.GATED.discard("cpu")
 
@@ -227,8 +227,9 @@ def test_no_host_memory_leaves_everything_resident(
 ) -> None:
     arrays = [jnp.full(5, i) for i in range(4)]
     before, resident = [describe(a) for a in arrays], evacuator.resident()
+    monkeypatch.setattr(evacuator._copies, "_pinned", False)
     copied: list[Any] = []
-    original = evacuation._to_host
+    original = hostcopies._to_numpy
 
     def fails_third(shard: Any) -> Any:
         copied.append(shard.shape)
@@ -236,7 +237,7 @@ def test_no_host_memory_leaves_everything_resident(
             raise MemoryError("no host memory")
         return original(shard)
 
-    monkeypatch.setattr(evacuation, "_to_host", fails_third)
+    monkeypatch.setattr(hostcopies, "_to_numpy", fails_third)
     with pytest.raises(EvacuationError, match="no host memory"):
         evacuator.evacuate()
     assert evacuator.resident() == resident
@@ -245,6 +246,41 @@ def test_no_host_memory_leaves_everything_resident(
     with pytest.raises(EvacuationError, match="do not fit into host memory"):
         evacuator.evacuate()
     assert [describe(a) for a in arrays] == before
+
+
+def test_page_locked_memory_is_used_where_there_is_some(
+    evacuator: evacuation.JaxEvacuator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    array = jnp.arange(1000)
+    before, page_locked = describe(array), evacuator._copies._pinned
+
+    def kinds() -> set[str | None]:
+        copies = [buffer.host for entry in evacuator._evacuated.values() for buffer in entry.buffers]
+        return {getattr(getattr(copy, "sharding", None), "memory_kind", None) for copy in copies}
+
+    evacuator.evacuate()
+    assert kinds() == ({"pinned_host"} if page_locked else {None})
+    evacuator.restore()
+    assert describe(array) == before
+
+    def no_room(*_: Any) -> Any:
+        raise evacuator._internals.RuntimeError("RESOURCE_EXHAUSTED: Out of host memory")
+
+    if page_locked:
+        with monkeypatch.context() as patch:
+            patch.setattr(evacuator._copies, "_put", no_room)
+            evacuator.evacuate()
+        assert kinds() == {None}, "ordinary memory, when the pool is full"
+        evacuator.restore()
+        assert describe(array) == before
+        monkeypatch.setattr(evacuator._copies, "_pool", 0)
+        monkeypatch.setattr("acb.client.hostmemory.available_bytes", lambda: hostcopies.hostmemory.RESERVE + (1 << 20))
+        more = jnp.zeros(3 << 18, jnp.uint8)  # it fits, but not if the pool should grow by twice as much
+        evacuator.evacuate()
+        assert kinds() == {None}
+        evacuator.restore()
+        assert describe(array) == before
+        assert not more.any()
 
 
 def test_no_room_to_restore_keeps_the_rest_in_host_memory(
@@ -270,6 +306,42 @@ def test_no_room_to_restore_keeps_the_rest_in_host_memory(
     assert evacuator.restore() > 0
     assert [describe(a) for a in arrays] == before
     assert evacuator.restore() == 0
+
+
+@given(
+    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=8),
+    aliased=st.sets(st.integers(0, 7)),
+    piece=st.integers(1, 500),
+    limits=st.lists(st.integers(0, 500), max_size=6),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_arrays_leave_and_come_back_in_pieces(
+    evacuator: evacuation.JaxEvacuator, sizes: list[int], aliased: set[int], piece: int, limits: list[int]
+) -> None:
+    gc.collect()
+    elsewhere = evacuator._live()
+    arrays = [jnp.arange(size, dtype=jnp.float32) for size in sizes]
+    arrays += [arrays[number].addressable_data(0) for number in aliased if number < len(sizes)]
+    before = [describe(array) for array in arrays]
+    steps = evacuator.evacuation(piece)
+    assert next(steps) == 0
+    assert not any(map(gone, arrays))
+    total = 0
+    for moved in steps:
+        total += moved
+        away = {id(array) for array in arrays if gone(array)}
+        for number in aliased & set(range(len(sizes))):
+            alias = arrays[len(sizes) + sorted(n for n in aliased if n < len(sizes)).index(number)]
+            assert (id(arrays[number]) in away) == (id(alias) in away), "an alias was left behind"
+    assert all(map(gone, arrays))
+    back = 0
+    for limit in [*limits, None]:
+        moved = evacuator.restore(limit)
+        back += moved
+        assert limit is None or moved <= limit
+    assert back == total >= 4 * sum(sizes)
+    assert [describe(array) for array in arrays] == before
+    del elsewhere
 
 
 def test_an_array_whose_address_is_known_is_not_moved(evacuator: evacuation.JaxEvacuator) -> None:

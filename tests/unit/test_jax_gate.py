@@ -230,7 +230,8 @@ for turn in range(30):
     evacuator.synchronize()
     evacuator.evacuate()
     seen = laps[:]
-    if [a for a in jax.live_arrays() if not internals.Internals().ArrayImpl.is_deleted.__wrapped__(a)]:
+    deleted = internals.Internals().ArrayImpl.is_deleted.__wrapped__
+    if [a for a in jax.live_arrays() if not deleted(a) and internals.in_device_memory(a)]:
         wrong.append("left")
     if laps != seen:
         wrong.append("ran on")

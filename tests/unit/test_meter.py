@@ -65,3 +65,11 @@ def test_a_device_that_fails_is_not_asked_again() -> None:
     assert list(meter.look(broker.gpus, 2.0)) == []
     assert meter.problem == "fallen off the bus"
     assert meter.due(broker.gpus) is None
+
+
+def test_a_person_sees_what_a_holder_has_now() -> None:
+    broker = _broker(300)
+    broker.handle(1, Request(), 2.0)
+    assert Meter(lambda uuid: {101: 350}).held(broker.gpus) == {1: 350}
+    assert list(Meter(lambda uuid: {101: 350}).look(broker.gpus, 2.0)) == []
+    assert Meter(lambda uuid: {101: None}).held(broker.gpus) == {}

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 
-from acb.processes import Activity, activity, ending, start_time
+from acb.processes import Activity, activity, ending, start_time, stopped
 
 
 def test_a_running_process_is_not_ending() -> None:
@@ -91,3 +91,18 @@ def until(pid: int, *, stopped: bool, running: bool) -> Activity:
     while (found := activity(pid)) is None or (found.stopped, found.running) != (stopped, running):
         pass
     return found
+
+
+def test_a_process_that_stands_still_is_seen_to() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        try:
+            assert not stopped(process.pid)
+            process.send_signal(signal.SIGSTOP)
+            os.waitpid(process.pid, os.WUNTRACED)
+            assert stopped(process.pid)
+            process.send_signal(signal.SIGCONT)
+            os.waitpid(process.pid, os.WCONTINUED)
+            assert not stopped(process.pid)
+        finally:
+            process.kill()
+    assert not stopped(process.pid)

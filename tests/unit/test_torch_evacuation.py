@@ -436,6 +436,89 @@ def test_a_full_gpu_delays_what_it_has_no_room_for(card: Card, evacuator: TorchE
     assert [int(tensor.sum().item()) for tensor in kept] == [n * 8 * MIB // 4 for n in range(4)]
 
 
+# --- in pieces -------------------------------------------------------------------------------------------------------
+
+
+@given(
+    sizes=st.lists(st.integers(1, 4 << 10), min_size=1, max_size=8),
+    piece=st.integers(1, 40 << 10),
+    limits=st.lists(st.integers(0, 40 << 10), max_size=6),
+)
+@settings(max_examples=60, deadline=None)
+def test_memory_leaves_and_comes_back_in_pieces(
+    card: Card, evacuator: TorchEvacuator, sizes: list[int], piece: int, limits: list[int]
+) -> None:
+    kept = [torch.arange(size, dtype=torch.float32, device="cuda") for size in sizes]
+    views = [tensor[::2] for tensor in kept]
+    held = card.held()
+
+    def leave() -> None:
+        steps = evacuator.evacuation(piece)
+        assert (next(steps), card.held()) == (0, held)
+        left = held
+        for moved in steps:
+            left -= moved
+            assert card.held() == left, "what is said to be gone is gone"
+        assert left == 0
+
+    def come_back() -> None:
+        here = 0
+        for limit in [*limits, None]:
+            moved = evacuator.restore(limit)
+            here += moved
+            assert limit is None or moved <= limit
+            assert card.held() == here
+        assert here == held
+
+    on_own_thread(leave)
+    on_own_thread(come_back)
+    for size, tensor, view in zip(sizes, kept, views, strict=True):
+        assert torch.equal(tensor, torch.arange(size, dtype=torch.float32, device="cuda"))
+        assert view._base is tensor
+
+
+def test_an_evacuation_that_is_called_off_changes_nothing(card: Card, evacuator: TorchEvacuator) -> None:
+    kept = torch.ones(MIB // 4, device="cuda")
+    held = card.held()
+
+    def begin() -> None:
+        steps = evacuator.evacuation()
+        next(steps)
+        steps.close()
+
+    on_own_thread(begin)
+    assert card.held() == held
+    there_and_back(evacuator, card)
+    assert kept.sum().item() == MIB // 4
+
+
+@pytest.mark.parametrize("method", ["_copy", "_resize"])
+def test_pieces_that_are_gone_stay_gone_when_a_later_one_fails(
+    card: Card, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their room is somebody else's already."""
+    failing = TorchEvacuator()
+    kept = [torch.full((MIB // 4,), float(n), device="cuda") for n in range(3)]
+    held = card.held()
+    original = getattr(failing, method)
+    calls = itertools.count(1)
+
+    def refuse(*args: Any) -> Any:
+        if next(calls) == 3:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return original(*args)
+
+    monkeypatch.setattr(failing, method, refuse)
+    gone: list[int] = []
+    with pytest.raises(EvacuationError, match="illegal memory access"):
+        on_own_thread(lambda: gone.extend(failing.evacuation(MIB // 2)))
+    on_own_thread(lambda: None)
+    assert 0 < card.held() < held
+    assert on_own_thread(failing.restore) == held - card.held() or card.held() == held
+    assert card.held() == held
+    assert [int(tensor.sum().item()) for tensor in kept] == [n * MIB // 4 for n in range(3)]
+
+
 # --- host memory ----------------------------------------------------------------------------------------------------
 
 

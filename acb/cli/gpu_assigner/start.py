@@ -1,7 +1,7 @@
 """Start the broker, with your own rights, for this user (inside a batch job: for this job).
 
-It returns when the broker answers, and leaves it running in the background; end it with `gpu_assigner stop` or
-`pkill gpu_assigner`. When one runs already, it says so and does nothing.
+It returns when the broker answers, and leaves it running in the background; end it with `gpu_assigner stop`. When
+one runs already, it says with which options and does nothing; the exit status is 69 when other ones are asked for.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from acb.broker.history import History
-from acb.broker.journal import Journal
+from acb.broker.journal import Journal, as_typed
 from acb.broker.policies import POLICIES
 from acb.cli.command import argument
 from acb.cli.gpu_assigner import pool as pools
@@ -84,13 +84,12 @@ def run(options: argparse.Namespace) -> int:
     path = socket_path()
     running = talk.status(path)
     if running is not None:
-        words = (
-            f"already running (process {running['pid']}) with {running['devices']}, scheduler {running['scheduler']}"
-        )
-        others = [] if options.recover else _contradictions(options, running.get("options", {}))
+        given = running.get("options", {})
+        words = f"already running (process {running['pid']}) with {running['devices']}, {as_typed(given)}"
+        others = {} if options.recover else _contradictions(options, given, running["gpus"])
         if others:
             raise ConfigError(
-                f"{words}, and not with {' '.join(others)}; end it first with: gpu_assigner stop", EX_UNAVAILABLE
+                f"{words}, and not with {as_typed(others)}; end it first with: gpu_assigner stop", EX_UNAVAILABLE
             )
         print(f"gpu_assigner: {words}", file=sys.stderr)
         return 0
@@ -104,13 +103,21 @@ def run(options: argparse.Namespace) -> int:
     return _spawn(path, options)
 
 
-def _contradictions(options: argparse.Namespace, running: dict[str, Any]) -> list[str]:
-    """The options given that the running broker was not started with."""
-    return [
-        f"--{name.replace('_', '-')} {value}"
+def _contradictions(options: argparse.Namespace, running: Mapping[str, Any], gpus: list[Any]) -> dict[str, Any]:
+    """The options given, of which the running broker, with these GPUs, has others."""
+    others = {
+        name: value
         for name, value in _options(options).items()
         if value is not None and value != running.get(name)
-    ]
+    }  # fmt: skip
+    if POLICIES.get(others.get("scheduler", "")) is POLICIES.get(running.get("scheduler", "")):
+        others.pop("scheduler", None)  # another name of the same
+    lent = {str(gpu["ordinal"]): n for n, gpu in enumerate(gpus)} | {gpu["visible"]: n for n, gpu in enumerate(gpus)}
+    chosen = [lent.get(entry, -1) for entry in options.gpu_list or ()]
+    same = options.gpu_list == ["all"] and running.get("gpu_list") is None
+    if same or sorted(chosen) == list(range(len(gpus))):
+        others.pop("gpu_list", None)
+    return others
 
 
 def _slots(text: str) -> int:
@@ -229,6 +236,7 @@ def _serve(path: Path, options: argparse.Namespace) -> int:
     found = journal.path.exists()
     pool = None
     server = None
+    failed = False
     try:
         journal.read()
         pool = _pool(options)
@@ -241,8 +249,15 @@ def _serve(path: Path, options: argparse.Namespace) -> int:
                 EX_CANTCREAT,
             ) from None
         server.serve()
+    except (ConfigError, SystemExit):
+        raise
+    except BaseException:
+        failed = True
+        raise
     finally:
-        leavings = [path, pid_path(), env_path(), _beside("log"), _beside("lock")]
+        leavings = [path, pid_path(), env_path(), _beside("lock")]
+        if not failed:  # else it is about to be written to the log why
+            leavings.append(_beside("log"))
         if server is None and not found:  # else the clients of a broker that died still are in it
             leavings.append(journal.path)
         for leaving in leavings:

@@ -1,10 +1,38 @@
-"""Show what the broker sees: its GPUs, who holds them, who waits, and where everybody's memory is."""
+"""Show what the broker sees: its GPUs, who holds them, who waits, and where everybody's memory is.
+
+A GPU's columns:
+  memory      what it has
+  promised    what those who hold it may use in all
+  resident    what programs have on it now, whether they hold it or not
+  held by     the processes that may compute on it now
+
+A program's columns (a program is there from its first GPU call on):
+  state       see below
+  GPU         its GPUs, by the broker's ordinals; - when none is chosen yet
+  resident    its memory on the GPU (on its fullest, if it has several) at this moment, by the device's count;
+              where the device does not tell, what the program has last said, as it does every few seconds
+  evacuated   its memory that lies on the host instead
+  peak        the most that it has had on the GPU
+  since       for how long it has been in this state; without the GPU, since it last gave it back
+
+Its state:
+  running     it holds the GPU, and may compute; it keeps it, idle or not, until somebody else wants it
+  waiting     it stands at a GPU call until it gets the GPU
+  restoring   it has just got the GPU, and its memory is brought back
+  resident    it has given the GPU back, and its memory is still there, since nobody needs the room
+  evacuating  its memory is being moved to the host, since somebody needs the room
+  evacuated   its memory is on the host
+  suspended   its memory is on the host by way of the CUDA driver, which stops it at its next GPU call
+  detached    it has nothing on a GPU, and wants nothing
+  stopped     it holds the GPU or is to move its memory, and its process is stopped, by Ctrl-Z say
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from acb.cli.gpu_assigner import talk
@@ -60,19 +88,36 @@ def _show(report: dict[str, Any]) -> None:
             column, justify="left" if left else "right", no_wrap=True, overflow="ellipsis", min_width=width
         )
     for client in report["clients"]:
-        since = client["waiting_s"] if client["waiting_s"] is not None else client["leased_s"]
         clients.add_row(
             str(client["pid"]),
             client["name"],
-            "suspended" if client["suspended"] and client["state"] == "evacuated" else client["state"],
+            _state(client),
             ",".join(map(str, client["gpus"])) or "-",
             *(format_size(client[key]) if client[key] else "-" for key in ("resident", "evacuated", "peak")),
-            "-" if since is None else _duration(since),
+            _duration(client["state_s"]),
         )
     console.print(clients)
     for client in report["clients"]:
-        if client["unmovable"]:
-            console.print(f"process {client['pid']} could not be evacuated: {client['unmovable']}")
+        for sentence in _remarks(client):
+            console.print(sentence, soft_wrap=True)  # what is to be typed must come in one piece
+
+
+def _state(client: dict[str, Any]) -> str:
+    """The core's word, or what matters more to a person."""
+    if client["stopped"]:
+        return "stopped"
+    return "suspended" if client["suspended"] and client["state"] == "evacuated" else str(client["state"])
+
+
+def _remarks(client: dict[str, Any]) -> Iterator[str]:
+    """What a person should know, or do something about."""
+    pid = client["pid"]
+    if client["unmovable"]:
+        yield f"process {pid} could not be evacuated: {client['unmovable']}"
+    if client["stranded"]:
+        yield client["stranded"]
+    if client["stopped"]:
+        yield f"process {pid} is stopped; let it go on with fg in its shell, or with: kill -CONT {pid}"
 
 
 def _duration(seconds: float) -> str:

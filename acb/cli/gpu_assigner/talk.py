@@ -48,9 +48,14 @@ def _stranger(path: Path, answer: Message) -> ConfigError:
     """The error for a process that answers what no broker of this version does."""
     return ConfigError(
         f"the process at {path} is no GPU broker of this version: it answers {answer.type}; "
-        f"end it with: pkill gpu_assigner",
+        f"end it with: {_end_it(path)}",
         EX_TEMPFAIL,
     )
+
+
+def _end_it(path: Path) -> str:
+    """A command for a broker that does not listen; not pkill, which would end those of other jobs, too."""
+    return f"kill -9 $(cat {path.with_suffix('.pid')})"
 
 
 def _ask(path: Path, question: Message) -> Message | None:
@@ -72,7 +77,7 @@ def _ask(path: Path, question: Message) -> Message | None:
             return decode(packet) if packet else None
         except TimeoutError:
             raise ConfigError(
-                f"the GPU broker at {path} does not answer; end it with: pkill -9 gpu_assigner", EX_TEMPFAIL
+                f"the GPU broker at {path} does not answer; end it with: {_end_it(path)}", EX_TEMPFAIL
             ) from None
         except (FileNotFoundError, ConnectionError):
             return None

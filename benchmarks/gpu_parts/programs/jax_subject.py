@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from typing import Any
@@ -15,6 +16,15 @@ if not (os.environ.get("ACB_SOCKET") or os.environ.get("ACB_SIMULATED")):  # els
 
 import jax
 import jax.numpy as jnp
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _contents(count: int, seed: Any) -> Any:
+    """Numbers that look random, made without any memory besides their own (the mixing is that of splitmix32)."""
+    x = jnp.arange(count, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9) + seed
+    x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x735A2D97)
+    return x ^ (x >> 15)
 
 
 @jax.jit
@@ -40,14 +50,23 @@ class Subject(Moving):
         return {"platform": jax.default_backend(), "jax": jax.__version__, "pid": os.getpid()}
 
     def load(self, name: str, nbytes: int, pieces: int = 1) -> int:
-        """Hold random contents in so many arrays of equal size; the bytes held."""
+        """Hold what looks random in so many arrays of equal size; the bytes held."""
         count = max(1024, nbytes // pieces // 4)
         arrays = []
         for number in range(pieces):
-            array = jax.random.bits(jax.random.key(len(self.held) * 1000 + number), (count,), jnp.uint32)
+            array = _contents(count, jnp.uint32(len(self.held) * 1000 + number))
             arrays.append((array, int(_checksum(array))))
         self.held[name] = arrays
         return count * 4 * pieces
+
+    def drop(self, name: str) -> None:
+        """Hold it no longer."""
+        for array, _ in self.held.pop(name):
+            array.delete()
+
+    def grab(self, nbytes: int) -> int:
+        """One array of so many bytes, dropped again."""
+        return int(jnp.zeros((nbytes >> 20, 1 << 20), jnp.uint8).block_until_ready().nbytes)
 
     def check(self) -> dict[str, bool]:
         """Whether all contents are as they were."""

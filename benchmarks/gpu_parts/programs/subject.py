@@ -24,6 +24,24 @@ def serve(subject: Any) -> None:
         print(json.dumps(answer), file=stdout, flush=True)
 
 
+def make(mark: str) -> None:
+    """Make a mark: a file by which the one who started this process sees that it has come to a certain point."""
+    with open(mark, "x"):
+        pass
+
+
+def stand(mark: str) -> None:
+    """Make a mark, and wait until it is gone."""
+    make(mark)
+    while os.path.exists(mark):
+        pause()
+
+
+def pause() -> None:
+    """For a moment, by a call that no hook of acb's takes for the end of a phase."""
+    threading.Event().wait(0.002)
+
+
 class Moving:
     """Evacuation from inside, as acb's agent does it: on a thread of its own, between operations."""
 
@@ -50,7 +68,7 @@ class Moving:
         def work() -> dict[str, Any]:
             begun = time.perf_counter()
             try:
-                moved = evacuate_all(self.evacuators())
+                moved = sum(evacuate_all(self.evacuators()))
             except EvacuationError as error:
                 return {"refused": str(error)}
             return {"moved": moved, "seconds": time.perf_counter() - begun}

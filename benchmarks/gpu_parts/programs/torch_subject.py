@@ -9,7 +9,7 @@ from typing import Any
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for bitwise equal sums, see torch's notes on randomness
 
 import torch
-from subject import Moving, serve
+from subject import Moving, make, pause, serve, stand
 
 PIECE = 2 << 30
 """Bytes of the pinned buffer of the plain copy: one as large as the data would measure page-locking, and cost more."""
@@ -22,14 +22,22 @@ class Busy(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.eye(256))
 
-    def forward(self, x: Any, seconds: float) -> Any:
-        """`x` times the identity, again and again."""
+    def forward(self, x: Any, seconds: float, mark: str = "") -> Any:
+        """`x` times the identity, again and again; with a mark, until that is gone."""
+        if mark:
+            make(mark)
         end = time.monotonic() + seconds
         while True:
             x = x @ self.weight
             torch.cuda.synchronize()
-            if time.monotonic() >= end:
+            if mark:
+                pause()
+            if time.monotonic() >= end and not (mark and os.path.exists(mark)):
                 return x
+
+
+class Pretended:
+    """Stands for a captured graph."""
 
 
 class Subject(Moving):
@@ -72,6 +80,10 @@ class Subject(Moving):
         self.held[name] = tensors
         return each * pieces
 
+    def reserve(self, nbytes: int) -> None:
+        """Hold so many bytes more, with whatever is in them."""
+        self.reserved = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+
     def drop(self, name: str) -> None:
         """Hold it no longer."""
         del self.held[name]
@@ -85,13 +97,34 @@ class Subject(Moving):
             "addresses": all(tensor.data_ptr() == address for tensor, _, address in all_of_it),
         }
 
-    def work(self, seconds: float = 0.0) -> bool:
-        """One region of so many seconds; whether the result is right."""
+    def work(self, seconds: float = 0.0, mark: str = "") -> bool:
+        """One region of so many seconds, or until the mark that it makes is gone; whether the result is right."""
         if self.busy is None:
             self.busy = Busy().cuda()
             self.x = torch.ones(256, 256, device="cuda")
         with torch.no_grad():
-            return bool((self.busy(self.x, seconds) == 1).all())
+            return bool((self.busy(self.x, seconds, mark) == 1).all())
+
+    def halt(self, mark: str) -> None:
+        """Stand at the mark in the midst of the next move of memory, evacuation or restoring: one piece has moved."""
+        evacuator = next(evacuator for evacuator in self.evacuators() if evacuator.name == "torch")
+        original, moved = evacuator._copy, []
+
+        def copy(*arguments: Any) -> None:
+            if len(moved) == 1:
+                evacuator._copy = original
+                stand(mark)
+            moved.append(original(*arguments))
+
+        evacuator._copy = copy
+
+    def grab(self, nbytes: int) -> int:
+        """One tensor of so many bytes, dropped again."""
+        return int(torch.empty(nbytes, dtype=torch.uint8, device="cuda").nbytes)
+
+    def ooms(self) -> int:
+        """How often PyTorch has run out of GPU memory in this process."""
+        return int(torch.cuda.memory_stats().get("num_ooms", 0))
 
     def copy(self, nbytes: int) -> dict[str, float]:
         """Bytes a second of plain copies between GPU and pinned memory, `nbytes` each way, in PIECEs."""
@@ -117,8 +150,8 @@ class Subject(Moving):
 
     # --- graphs ------------------------------------------------------------------------------------------------------
 
-    def capture(self) -> None:
-        """Capture a graph that adds one to what it holds."""
+    def capture(self, mark: str) -> None:
+        """Capture a graph that adds one to what it holds; stand at the mark in the midst of it."""
         self.counter = torch.zeros(1024, device="cuda")
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -127,11 +160,21 @@ class Subject(Moving):
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
+            stand(mark)
             self.counter.add_(1)
         torch.cuda.synchronize()
 
+    def pretend(self) -> None:
+        """Where graphs are not simulated: have acb believe that one has been captured."""
+        from acb.hooks.torch import reach
+
+        self.graph = Pretended()
+        reach.captured(self.graph)
+
     def replay(self) -> bool:
         """Whether the graph still does what it did."""
+        if isinstance(self.graph, Pretended):
+            return True
         before = float(self.counter[0])
         self.graph.replay()
         torch.cuda.synchronize()
@@ -140,13 +183,20 @@ class Subject(Moving):
     # --- training ----------------------------------------------------------------------------------------------------
 
     def train(self, steps: int, evacuations: int) -> dict[str, Any]:
-        """The losses of the same run twice: undisturbed, and evacuated and restored so many times."""
-        torch.use_deterministic_algorithms(True)
-        plain, _ = self._train(steps, 0)
-        moved, count = self._train(steps, evacuations)
-        return {"equal": plain == moved, "evacuations": count, "first": plain[0], "last": plain[-1], "steps": steps}
+        """The same run three times: undisturbed, again, and evacuated and restored so many times.
 
-    def _train(self, steps: int, evacuations: int) -> tuple[list[float], int]:
+        `steady`: the first two are equal bit for bit, in every loss and in all that the run leaves; `equal`: the third
+        is, too.
+        """
+        torch.use_deterministic_algorithms(True)
+        plain, losses, _ = self._train(steps, 0)
+        again, _, _ = self._train(steps, 0)
+        moved, _, count = self._train(steps, evacuations)
+        return {"steady": _equal(plain, again), "equal": _equal(plain, moved), "evacuations": count,
+                "first": losses[0], "last": losses[-1], "steps": steps}  # fmt: skip
+
+    def _train(self, steps: int, evacuations: int) -> tuple[list[Any], list[float], int]:
+        """All losses, weights and the optimizer's state, on the host; the losses as numbers; how often evacuated."""
         torch.manual_seed(0)
         layer = torch.nn.TransformerEncoderLayer(256, 4, 512, dropout=0.1, batch_first=True)
         model = torch.nn.Sequential(layer, torch.nn.Flatten(), torch.nn.Linear(256 * 16, 10)).cuda()
@@ -161,9 +211,10 @@ class Subject(Moving):
             loss.backward()
             optimizer.step()
             done += self._disturb(evacuations, 2 * step + 1, 2 * steps)
-            losses.append(float(loss.detach()))
-        losses.append(float(sum(p.detach().double().sum() for p in model.parameters())))
-        return losses, done
+            losses.append(loss.detach())
+        states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+        everything = [tensor.detach().cpu() for tensor in (*losses, *model.parameters(), *states)]
+        return everything, [float(loss) for loss in losses], done
 
     def _disturb(self, evacuations: int, moment: int, moments: int) -> bool:
         """Evacuate and restore at `evacuations` of so many moments, evenly spread."""
@@ -181,6 +232,12 @@ def _checksum(tensor: Any) -> int:
     """Of all bits and their places; a sum of integers is exact in any order."""
     rows = tensor.view(-1, 1024).sum(0, dtype=torch.int64)
     return int((rows * torch.arange(1, 1025, device=tensor.device)).sum()) ^ int(tensor[::4099].sum(dtype=torch.int64))
+
+
+def _equal(some: list[Any], others: list[Any]) -> bool:
+    """Bit for bit."""
+    pairs = list(zip(some, others, strict=True))
+    return all(a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes() for a, b in pairs)
 
 
 def _evacuator() -> Any:

@@ -15,11 +15,12 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Generator
 from typing import Any
 
 import acb
 from acb.client import runtime
-from acb.client.evacuation import EvacuationError
+from acb.client.evacuation import EvacuationError, batches
 from acb.devices.simulated import Card, CardOutOfMemory
 
 printing = threading.Lock()
@@ -40,6 +41,7 @@ class Memory:
         self._card: Card | None = None
         self.on_card: dict[str, bytes] = {}
         self.on_host: dict[str, bytes] = {}
+        self.sizes: dict[str, int] = {}
         self.holds: set[str] = set()
         self.failures: dict[str, list[str]] = {}
         self.go_on = threading.Event()
@@ -85,6 +87,7 @@ class Memory:
             else:
                 break
         self.on_card[key] = key.encode() * 3 + bytes([nbytes % 251])
+        self.sizes[key] = self.sizes.get(key, 0) + nbytes  # what was there before stays on the card, too
 
     def synchronize(self) -> None:
         self.step("synchronize")
@@ -100,25 +103,31 @@ class Memory:
         self.step("reset_peak")
         self.card.reset_peak()
 
-    def evacuate(self) -> int:
+    def evacuation(self, piece: int = 0) -> Generator[int]:
         self.step("evacuate")
-        moved = self.card.held()
-        self.on_host = {**self.on_host, **self.on_card}
-        self.on_card = {}
-        self.moved = getattr(self, "moved", 0) + moved
-        self.card.free(moved)
-        return moved
+        yield 0
+        for keys in batches(((key, self.sizes[key]) for key in list(self.on_card)), piece):
+            self.step("piece")
+            moved = sum(self.sizes[key] for key in keys)
+            self.on_host |= {key: self.on_card.pop(key) for key in keys}
+            self.card.free(moved)
+            yield moved
 
-    def restore(self) -> int:
+    def restore(self, limit: int | None = None) -> int:
         self.step("restore")
-        moved = getattr(self, "moved", 0)
-        try:
-            self.card.allocate(moved)
-        except CardOutOfMemory as error:
-            raise MemoryError(str(error)) from None
-        self.on_card = {**self.on_card, **self.on_host}
-        self.on_host = {}
-        self.moved = 0
+        moved = 0
+        for key in list(self.on_host):
+            nbytes = self.sizes[key]
+            if limit is not None and moved + nbytes > limit:
+                break
+            try:
+                self.card.allocate(nbytes)
+            except CardOutOfMemory as error:
+                raise MemoryError(str(error)) from None
+            self.on_card[key] = self.on_host.pop(key)
+            moved += nbytes
+        if self.on_host:
+            self.step("part")
         return moved
 
 
@@ -347,7 +356,7 @@ def facts() -> dict[str, Any]:
 def free() -> None:
     m = mine()
     m.card.free(m.card.held())
-    m.on_card = {}
+    m.on_card, m.sizes = {}, {}
 
 
 class Framework:
@@ -359,11 +368,14 @@ class Framework:
         self.failures: dict[str, list[str]] = {}
         self.synchronize = lambda: None
         self.reset_peak = lambda: None
-        self.resident = self.peak = self.restore = lambda: 0
+        self.resident = self.peak = lambda: 0
 
-    def evacuate(self) -> int:
+    def evacuation(self, piece: int = 0) -> Generator[int]:
+        yield 0
         if self.failures.get("evacuate"):
             raise EvacuationError(self.failures["evacuate"].pop())
+
+    def restore(self, limit: int | None = None) -> int:
         return 0
 
 
@@ -380,6 +392,11 @@ def fail_framework(step: str, *kinds: str) -> None:
 
 def hold(*steps: str) -> None:
     mine().holds = set(steps)
+
+
+def step() -> None:
+    """Go on to the next step that is held."""
+    mine().go_on.set()
 
 
 def release() -> None:
