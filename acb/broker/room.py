@@ -176,7 +176,8 @@ class Room:
     def kept_by_holders(self, gpu: Gpu, client: Client) -> bool:
         """Whether what the client should have is not there before a holder gives his lease back."""
         others = [other for other in gpu.occupants.values() if other is not client]
-        movable = sum([o.resident for o in others if not (o.lease or o.stuck or (o.emptied and not self.driver))])
+        left = [o for o in others if not (o.lease or o.stuck)]
+        movable = sum([o.resident for o in left if not o.emptied or (self.driver and not o.driver_problem)])
         return self.want(client, gpu) > self.free(gpu, client) + movable
 
     def coming(self, gpu: Gpu, client: Client) -> bool:

@@ -103,6 +103,24 @@ def test_contexts_make_way_only_for_who_must_have_the_room() -> None:
     broker.check()
 
 
+def test_a_holder_makes_way_when_the_driver_cannot_move_what_another_has_left() -> None:
+    broker = Broker([Gpu(0, CAPACITY, "GPU-x", slots=2)], POLICIES["fifo"]())
+    broker.driver_tier(True, 0.0)
+    for client in (1, 2, 3):
+        broker.handle(client, Hello(VERSION, 100 + client, f"p{client}", memory_hint=500 if client < 3 else 0), 0.0)
+    broker.handle(1, Request(), 0.0)
+    broker.handle(1, Yield(500, 500), 1.0)
+    broker.handle(2, Request(), 1.0)
+    sends = broker.handle(3, Request(), 2.0)
+    assert [(send.client, type(send.message)) for send in sends] == [(1, Evacuate), (2, Revoke)]
+    broker.handle(1, Evacuated(0, 500, 0.1), 2.1)
+    broker.observed(1, 500, 2.2)  # the framework has moved it, and yet it is there
+    broker.handle(2, Request(), 2.3)
+    broker.suspended(1, "did not come to rest", 0.0, 2.4)
+    broker.check()
+    assert broker.clients[2].revoked
+
+
 def test_who_is_blocked_in_the_driver_waits_as_if_it_had_asked(broker: Broker) -> None:
     broker.suspended(1, "", 0.5, 1.6)
     [(revoked, revoke)] = broker.blocked(1, 2.0)
