@@ -55,6 +55,13 @@ class Program:
         return not (self.lease or self.waiting or self.refused)
 
     @property
+    def movable(self) -> bool:
+        """Whether the driver may move it: it has memory on the GPU, and nobody else is at it."""
+        return bool(self.resident) and not (
+            self.lease or self.waiting or self.evacuate or self.suspend or self.resume or self.parked
+        )
+
+    @property
     def ready(self) -> bool:
         """Whether it is its turn to do something."""
         if self.refused or self.waiting or self.suspend or self.resume or self.room_asked != self.room_answers:
@@ -294,8 +301,7 @@ class Histories(RuleBasedStateMachine):
     @rule(data=st.data(), asks=st.booleans())
     def is_found_suspended(self, data: st.DataObject, asks: bool) -> None:
         """The shortest way to what the driver does after a refused evacuation."""
-        idle = lambda p: p.resident and not (p.lease or p.waiting or p.evacuate or p.suspend or p.parked)  # noqa: E731
-        if found := self.pick(data, idle):
+        if found := self.pick(data, lambda p: p.movable):
             self.find_suspended(*found)
             if asks and found[1].free:
                 self.ask_as(*found)

@@ -267,7 +267,7 @@ class Migrations(Histories):
         bound = lambda p: p.free and len(p.gpus) == 1  # noqa: E731
         if first := self.pick(data, lambda p: bound(p) and not p.parked):
             self.ask_as(*first)
-            if second := self.pick(data, lambda p: bound(p) and p.gpus == first[1].gpus and p.resident):
+            if second := self.pick(data, lambda p: bound(p) and p.gpus == first[1].gpus and p.movable):
                 self.find_suspended(*second)
                 self.ask_as(*second)
 
