@@ -160,6 +160,11 @@ class Site:
         """Bytes on a GPU that this site's processes hold, as the device says."""
         return sum(self.processes(ordinal).values())
 
+    def capacity(self, ordinal: int = 0) -> int:
+        """Bytes of a GPU."""
+        with self.card(ordinal) as card:
+            return card.capacity
+
     def violations(self) -> list[Any]:
         """What the referees of all GPUs have noted."""
         found: list[Any] = []
