@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import weakref
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,6 +75,27 @@ def test_what_cannot_come_back_is_told() -> None:
     assert caught.value.moved == 30
     assert [fake.resident() for fake in fakes] == [5, 0, 0, 3]
     assert EvacuationError.moved == 0
+
+
+@pytest.mark.parametrize("kind", [EvacuationError, ZeroDivisionError])
+def test_a_refusal_keeps_nothing_alive_of_what_was_to_be_moved(kind: type[Exception]) -> None:
+    class Tensor:
+        pass
+
+    class Holding(Fake):
+        def evacuate(self) -> int:
+            tensor = Tensor()
+            held.append(weakref.ref(tensor))
+            raise kind("not today")
+
+    held: list[weakref.ref[Tensor]] = []
+    gc.disable()
+    try:
+        with contextlib.suppress(EvacuationError):
+            evacuate_all([Fake(3), Holding(4)])
+        assert held[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_memory_is_counted_on_the_fullest_gpu() -> None:

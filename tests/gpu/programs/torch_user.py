@@ -60,10 +60,10 @@ class User:
     def check(self) -> list[str]:
         """What is not as it was; then a step further, so that there is something new to keep."""
         wrong = [f"data on GPU {n}" for n, data in enumerate(self.data) if _digest(data) != self.digests[n]]
-        first, version = self.view[0].item(), self.data[0]._version
+        wrong += ["a version counter"] if self.view._version != self.version else []
+        first = self.view[0].item()
         self.data[0][1] += 1
-        wrong += ["a view"] if self.view[0].item() != first + 1 or self.data[0]._version != version + 1 else []
-        self.data[0][1] -= 1
+        wrong += ["a view"] if self.view[0].item() != first + 1 else []
         now = self._state()
         wrong += [name for name in self.known if not _same(now[name], self.known[name])]
         self.loss.backward()
@@ -80,7 +80,7 @@ class User:
         found = torch.autograd.grad(self.loss, list(self.model.parameters()), retain_graph=True)
         self.expected = [gradient.cpu() for gradient in found]
         self.digests = [_digest(data) for data in self.data]
-        self.known = self._state()
+        self.known, self.version = self._state(), self.view._version
 
     def _state(self) -> dict[str, list[Any]]:
         states = self.optimizer.state_dict()["state"].values()
