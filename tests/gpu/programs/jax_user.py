@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from obey import obey
 PIECES = 8
 """Of the data: to compute an array of some size takes a multiple of it for a while."""
 
+SIZES = {"first": (64, 128), "second": (128, 8)}
+
 
 @jax.jit
 def _digest(array: Any) -> Any:
@@ -26,6 +29,14 @@ def _loss(weights: Any, inputs: Any) -> Any:
     return jnp.mean((jnp.tanh(inputs @ weights["first"]) @ weights["second"]) ** 2)
 
 
+_jitted_loss = jax.jit(_loss)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _data(number: Any, count: int) -> Any:
+    return (jnp.arange(count, dtype=jnp.uint32) + number) * np.uint32(2654435761)
+
+
 @jax.jit
 def _train_step(weights: Any, moments: Any, key: Any, inputs: Any) -> Any:
     """One step of gradient descent with momentum, on noisy inputs."""
@@ -35,9 +46,15 @@ def _train_step(weights: Any, moments: Any, key: Any, inputs: Any) -> Any:
     return jax.tree.map(lambda w, m: w - 0.1 * m, weights, moments), moments, key, loss
 
 
-def _weights() -> dict[str, Any]:
-    first, second = jax.random.split(jax.random.key(1))
-    return {"first": jax.random.normal(first, (64, 128)), "second": jax.random.normal(second, (128, 8))}
+def _weights() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Weights, and moments to begin with."""
+    chance = np.random.default_rng(1)
+    host = {name: chance.normal(size=size).astype(np.float32) for name, size in SIZES.items()}
+    return jax.device_put(host), jax.device_put({name: np.zeros_like(array) for name, array in host.items()})
+
+
+def _inputs(count: int) -> Any:
+    return jax.device_put(np.random.default_rng(2).normal(size=(count, 64)).astype(np.float32))
 
 
 class User:
@@ -77,17 +94,17 @@ class User:
         for number in range(PIECES):
             for device in devices:
                 with jax.default_device(device):
-                    self.data.append(jax.random.bits(jax.random.key(number), (count,), jnp.uint32))
+                    self.data.append(_data(np.uint32(number), count))
         host = np.arange(64 * len(devices), dtype=np.float32)
         self.committed = jax.device_put(host, devices[-1])
         self.alias = jax.device_put(self.committed, devices[-1])
         self.sharded = jax.device_put(host, NamedSharding(Mesh(devices, ("x",)), PartitionSpec("x")))
         self.shardings = [self.committed.sharding, self.sharded.sharding]
         self.key = jax.random.key(7)
-        constant = jnp.linspace(0.0, 1.0, 1000)
+        constant = jax.device_put(np.linspace(0, 1, 1000, dtype=np.float32))
         self.closed = jax.jit(lambda x: (constant * x).sum())
-        self.inputs = jax.random.normal(jax.random.key(2), (8, 64))
-        self.weights, self.moments = _weights(), jax.tree.map(jnp.zeros_like, _weights())
+        self.inputs = _inputs(8)
+        self.weights, self.moments = _weights()
         self._step()
 
     def check(self) -> list[str]:
@@ -107,7 +124,7 @@ class User:
 
     def _step(self) -> None:
         """A forward, whose backward is to come, and what is known of everything."""
-        _, self.pullback = jax.vjp(lambda weights: _loss(weights, self.inputs), self.weights)
+        _, self.pullback = jax.vjp(lambda weights: _jitted_loss(weights, self.inputs), self.weights)
         self.expected = jax.device_get(self.pullback(1.0)[0])
         self.digests = [int(_digest(data)) for data in self.data]
         self.known = jax.device_get(self._state())
@@ -124,27 +141,26 @@ class User:
 
     def put(self, name: str, nbytes: int) -> int:
         """Move so much from the host to the GPU. (JAX does not say how often it was out of memory.)"""
-        self.held[name] = jax.device_put(np.ones(nbytes, dtype=np.uint8), jax.devices()[0])
+        self.held[name] = jax.device_put(np.ones(nbytes // 4, dtype=np.uint32), jax.devices()[0])
         self.held[name].block_until_ready()
         return 0
 
     def make(self, name: str, nbytes: int) -> int:
         """The same, made on the GPU."""
-        self.held[name] = jnp.ones(nbytes, dtype=jnp.uint8)
+        self.held[name] = jnp.ones(nbytes // 4, dtype=jnp.uint32)
         self.held[name].block_until_ready()
         return 0
 
     def right(self, name: str) -> bool:
         """Whether what put() or make() have made is as it was."""
-        return int(self.held[name].sum(dtype=jnp.uint32)) == self.held[name].size
+        return int(self.held[name].sum()) == self.held[name].size
 
     # --- training ----------------------------------------------------------------------------------------------------
 
     def train(self, until: str, steps: int = 0) -> dict[str, Any]:
         """So many steps, or until there is a file of this name; the steps and a digest of all losses and the model."""
-        weights, key = _weights(), jax.random.key(5)
-        moments = jax.tree.map(jnp.zeros_like, weights)
-        inputs = jax.random.normal(jax.random.key(2), (32, 64))
+        weights, moments = _weights()
+        key, inputs = jax.random.key(5), _inputs(32)
         losses = []
         while len(losses) != steps if steps else not Path(until).exists():
             weights, moments, key, loss = _train_step(weights, moments, key, inputs)
