@@ -12,7 +12,7 @@ pytestmark = pytest.mark.timeout(300)
 
 @users.both
 def test_a_program_of_two_gpus_gives_up_both_for_one(site: Site, framework: str) -> None:
-    site.start("2x64MiB", "--quantum", "0")
+    site.start("2x64MiB", "--quantum", "0", "--driver-tier", "off")
     held = 20 * site.unit
     user, taker = users.start(site, framework, "--gpus", "2"), Taker(site)
     user.do("load", held)

@@ -1,5 +1,7 @@
-"""The driver tier on a real GPU, with programs whose captured graphs PyTorch's evacuator cannot move; and, so that the
-programs are known to work, one scene on a simulated GPU. (Without PyTorch: test_suspending.)"""
+"""The driver tier on a real GPU, with programs whose captured graphs PyTorch's evacuator cannot move.
+
+The same scenes, without PyTorch, on simulated GPUs: test_suspending.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,6 @@ from acb.devices.checkpoint_probe import Probe
 
 pytestmark = pytest.mark.timeout(300)
 
-PLACES = [
-    ("simulated", SCENES[0]),
-    *(pytest.param("nvidia", scene, marks=pytest.mark.gpu, id=f"nvidia-{scene.__name__}") for scene in SCENES),
-]
-
 
 @pytest.fixture(scope="module")
 def obstacle() -> str:
@@ -29,8 +26,10 @@ def obstacle() -> str:
     return "" if result.works else f"the driver tier does not work here: {result.reason}"
 
 
-@pytest.mark.parametrize(("site", "scene"), PLACES, indirect=["site"])
-def test_that(site: Site, scene: Callable[[Site], None], request: pytest.FixtureRequest) -> None:
-    if site.place == "nvidia" and (reason := request.getfixturevalue("obstacle")):
-        pytest.skip(reason)
+@pytest.mark.gpu
+@pytest.mark.parametrize("site", ["nvidia"], indirect=True)
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.__name__)
+def test_that(site: Site, scene: Callable[[Site], None], obstacle: str) -> None:
+    if obstacle:
+        pytest.skip(obstacle)
     scene(site)

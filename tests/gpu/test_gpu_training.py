@@ -1,4 +1,4 @@
-"""A training run whose memory leaves the GPU a hundred times gives the results of an undisturbed one, bit for bit."""
+"""A training run whose memory leaves the GPU again and again gives the results of an undisturbed one, bit for bit."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from taker import Taker
 
 pytestmark = pytest.mark.timeout(300)
 
-TIMES = 100
+TIMES = {"nvidia": 100, "simulated": 25}
+"""Evacuations; a simulated one takes a tenth of a second, nearly all of it to find PyTorch's tensors."""
 
 
 @users.both
-def test_a_hundred_evacuations_change_no_bit(site: Site, framework: str, tmp_path: Path) -> None:
-    site.start("1x64MiB", "--quantum", "0")
+def test_evacuations_at_every_moment_change_no_bit(site: Site, framework: str, tmp_path: Path) -> None:
+    site.start("1x64MiB", "--quantum", "0", "--driver-tier", "off")
     user, taker = users.start(site, framework), Taker(site)
     user.do("train", "", 3)  # compiled, and bound
     enough = tmp_path / "enough"
     user.begin("train", str(enough))
     times = 0
-    while times < TIMES:
+    while times < TIMES[site.place]:
         taker.take(site.capacity())
         times += site.client(user)["evacuated"] > 0  # before it has made its model, there is nothing to move
         assert site.used() <= site.slack

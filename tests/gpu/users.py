@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ both = pytest.mark.parametrize("framework", ["torch", "jax"])
 
 def start(site: Site, framework: str, *options: str, **changes: str | None) -> Program:
     """A program that uses this framework, under acb-launch with these options; it has imported it, and waits."""
+    if importlib.util.find_spec(framework) is None:
+        pytest.skip(f"{framework} is not installed")
+    variables: dict[str, str | None] = {"JAX_PLATFORMS": None}
     if site.place == "nvidia":
         needs_cuda(framework)
-    else:
-        pytest.importorskip(framework)
-    return site.launch(PROGRAMS / f"{framework}_user.py", *options, **{"JAX_PLATFORMS": None, **changes})
+        variables["XLA_FLAGS"] = "--xla_gpu_deterministic_ops=true"
+    return site.launch(PROGRAMS / f"{framework}_user.py", *options, **{**variables, **changes})
 
 
 def end(site: Site, *programs: Program) -> None:

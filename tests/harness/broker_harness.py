@@ -49,6 +49,9 @@ class Site:
     unit = MIB
     """Bytes: tests take a GPU to have 64 of these, as a simulated one of 64 MiB has."""
 
+    patience = PATIENCE
+    """Seconds for a program to answer."""
+
     slack = 0
     """Bytes that a process may have on a GPU besides what it knows of, such as CUDA's context."""
 
@@ -178,6 +181,11 @@ class Site:
         self.peers.append(Peer(self.socket))
         return self.peers[-1]
 
+    @staticmethod
+    def complaints(program: Program) -> str:
+        """What a program that ends well has said on stderr that it should not have."""
+        return program.errors
+
     # --- programs ---------------------------------------------------------------------------------------------------
 
     def program(self, **changes: str | None) -> Program:
@@ -198,7 +206,7 @@ class Site:
         return self._begin(command, {"ACB_BROKER": "require", "OMP_NUM_THREADS": "1", **changes})
 
     def _begin(self, command: list[str], changes: dict[str, str | None]) -> Program:
-        program = Program(command, self.environment(**changes))
+        program = Program(command, self.environment(**changes), self.patience)
         self.programs.append(program)
         return program
 
@@ -223,7 +231,8 @@ class Site:
 class Program:
     """A running leaser, or another program that obeys as it does."""
 
-    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+    def __init__(self, command: list[str], environment: dict[str, str], patience: float = PATIENCE) -> None:
+        self._patience = patience
         self._process = subprocess.Popen(
             command,
             env=environment,
@@ -254,7 +263,7 @@ class Program:
     def next(self) -> dict[str, Any]:
         """The next thing it says."""
         try:
-            said = self._said.get(timeout=PATIENCE)
+            said = self._said.get(timeout=self._patience)
         except queue.Empty:
             raise AssertionError(f"process {self.pid} says nothing; stderr: {self.errors}") from None
         assert said is not None, f"process {self.pid} has ended; stderr: {self.errors}"

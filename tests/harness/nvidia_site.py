@@ -10,6 +10,9 @@ from broker_harness import MIB, Program, Site
 
 from acb.devices.nvml import Device, Nvml
 
+NOISE = 32 * MIB
+"""Bytes: far less than a CUDA context takes."""
+
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -18,6 +21,7 @@ class NvidiaSite(Site):
 
     place = "nvidia"
     unit = 100 * MIB
+    patience = 150.0  # the driver tier moves a few gigabytes a second, and three programs wait for each other
     slack = 2048 * MIB
     """CUDA's contexts and the libraries' workspaces of three processes."""
 
@@ -59,8 +63,14 @@ class NvidiaSite(Site):
         return {pid: nbytes or 0 for pid, nbytes in self._nvml.processes(ordinal).items()}
 
     def used(self, ordinal: int = 0) -> int:
-        """Bytes that are in use beyond those that were so when the site was made."""
-        return max(0, self._before[ordinal] - self._nvml.free(ordinal))
+        """Bytes that are in use beyond those that were so when the site was made; 0 when it is the driver's noise."""
+        used = self._before[ordinal] - self._nvml.free(ordinal)
+        return used if used > NOISE else 0
+
+    @staticmethod
+    def complaints(program: Program) -> str:
+        """Of acb, and of Python: frameworks and libraries say what they like."""
+        return "\n".join(line for line in program.errors.splitlines() if "acb" in line or "Traceback" in line)
 
     def violations(self) -> list[Any]:
         """A real GPU has no referee."""
@@ -76,7 +86,7 @@ class NvidiaSite(Site):
 
 
 def needs_cuda(framework: str) -> None:
-    """Skip the test where this framework is missing, or cannot use a GPU. Starts no CUDA."""
+    """Skip the test where this framework cannot use a GPU. Starts no CUDA."""
     if framework == "torch":
         torch: Any = pytest.importorskip("torch")
         if torch.version.cuda is None:
