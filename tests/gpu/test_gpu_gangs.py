@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import users
 from broker_harness import Site
+from gangs import torchrun, two_gangs_and_a_program_of_one_gpu_share_a_pool, without_places
+from nvidia_site import NvidiaSite, needs_cuda
 from taker import Taker
 
 pytestmark = pytest.mark.timeout(300)
@@ -26,3 +28,12 @@ def test_a_program_of_two_gpus_gives_up_both_for_one(site: Site, framework: str)
         assert user.do("check") == []
         assert min(site.used(n) for n in range(2)) >= held
     users.end(site, user)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("site", ["nvidia"], indirect=True)
+def test_two_gangs_of_torchruns_and_a_program_of_one_gpu_share_a_pool(site: NvidiaSite) -> None:
+    """The same on simulated GPUs: test_torchrun."""
+    needs_cuda("torch")
+    site.needs(2)
+    two_gangs_and_a_program_of_one_gpu_share_a_pool(site, without_places(torchrun(site, "cuda")))

@@ -137,6 +137,8 @@ def kill_a_client(site: Site, step: str) -> None:
     scene = Scene(site, step)
     assert scene.program.kill() == -signal.SIGKILL
     wait_until("its end to be noticed", gone(site, scene.program))
+    others = 0 if step in ("resident", "evacuating") else 40 * site.unit
+    wait_until("its memory to be free", lambda: site.used() <= others + site.slack)
     scene.other_goes_on(step)
     fresh = site.program()
     scene.load(fresh, 60)  # only if neither the lease nor memory is kept by the dead

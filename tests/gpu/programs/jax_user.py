@@ -153,7 +153,7 @@ class User:
 
     def right(self, name: str) -> bool:
         """Whether what put() or make() have made is as it was."""
-        return int(self.held[name].sum()) == self.held[name].size
+        return bool(self.held[name].sum() == self.held[name].size)
 
     # --- training ----------------------------------------------------------------------------------------------------
 
@@ -161,7 +161,7 @@ class User:
         """So many steps, or until there is a file of this name; the steps and a digest of all losses and the model."""
         weights, moments = _weights()
         key, inputs = jax.random.key(5), _inputs(32)
-        losses = []
+        losses: list[Any] = []
         while len(losses) != steps if steps else not Path(until).exists():
             weights, moments, key, loss = _train_step(weights, moments, key, inputs)
             losses.append(loss)

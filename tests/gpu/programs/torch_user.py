@@ -112,7 +112,7 @@ class User:
 
     def right(self, name: str) -> bool:
         """Whether what put() or make() have made is as it was."""
-        return int(self.held[name].sum(dtype=torch.int64)) == self.held[name].numel()
+        return bool(self.held[name].sum(dtype=torch.int64) == self.held[name].numel())
 
     def drop(self, name: str) -> None:
         """Hold it no longer."""
@@ -146,7 +146,7 @@ class User:
         before = int(self.held[name][0])
         self.graph.replay()
         torch.cuda.synchronize()
-        return int(self.held[name][0]) == (before + 1) % 256
+        return bool(self.held[name][0] == (before + 1) % 256)
 
     def reset(self) -> None:
         """Give the graph up."""
@@ -164,7 +164,7 @@ class User:
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
         data, labels = torch.randn(32, 64, device="cuda"), torch.randint(0, 10, (32,), device="cuda")
         view = data[::2, 1:]  # an alias, which must move along
-        losses = []
+        losses: list[Any] = []
         while len(losses) != steps if steps else not Path(until).exists():
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(data), labels) + view.mean() * 0.01
