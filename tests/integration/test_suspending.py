@@ -2,104 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import signal
+from collections.abc import Callable
 
-from broker_harness import MIB, Program, Site, wait_until
-
-
-def immovable(site: Site, nbytes: int = 40 * MIB) -> Program:
-    """A program whose framework refuses to move its memory."""
-    program = site.program()
-    program.do("fail", "evacuate", *["refuse"] * 20)
-    program.do("enter")
-    program.do("add", "model", nbytes)
-    program.do("leave")
-    return program
+import pytest
+from broker_harness import Site, wait_until
+from suspending import SCENES, immovable
 
 
-def suspended(site: Site, program: Program) -> bool:
-    return bool(site.client(program).get("suspended"))
-
-
-def test_what_the_framework_cannot_move_the_driver_moves_and_brings_back(site: Site) -> None:
-    site.start("1x64MiB", "--driver-tier", "on")
-    held = immovable(site)
-    other = site.program()
-    other.do("enter")
-    other.do("add", "model", 50 * MIB)  # more than is left beside the first
-    assert suspended(site, held)
-    with site.card() as card:
-        assert card.held(held.pid) == 0
-    other.do("leave")
-    held.do("enter")
-    held.do("operate")
-    with site.card() as card:
-        assert card.held(held.pid) == 40 * MIB
-    assert not suspended(site, held)
-    held.do("leave")
-    assert site.violations() == []
-    for program in (held, other):
-        assert program.finish() == 0, program.errors
-
-
-def test_programs_that_only_the_driver_can_move_take_turns(site: Site) -> None:
-    site.start("1x64MiB", "--driver-tier", "on", "--quantum", "0")
-    programs = [immovable(site) for _ in range(3)]
-    for program in programs:
-        program.begin("take_turns", 4, 0)
-    for program in programs:
-        program.end("take_turns")
-    assert site.violations() == []
-    for program in programs:
-        assert program.finish() == 0, program.errors
-
-
-def test_a_suspended_program_that_is_killed_leaves_nothing(site: Site) -> None:
-    site.start("1x64MiB", "--driver-tier", "on")
-    held, other = immovable(site), site.program()
-    other.do("enter")
-    assert suspended(site, held)
-    held.kill()
-    wait_until("its end to be seen", lambda: not site.client(held))
-    other.do("leave")
-    assert other.finish() == 0
-    with site.card() as card:
-        assert card.used() == 0
-
-
-def test_the_next_broker_resumes_what_the_one_before_has_suspended(site: Site) -> None:
-    site.start("1x64MiB", "--driver-tier", "on")
-    held, other = immovable(site), site.program()
-    other.do("enter")
-    assert suspended(site, held)
-    site.kill_broker(signal.SIGKILL)
-    site.start("1x64MiB", "--driver-tier", "on")
-    site.wait_for(other, "running")
-    wait_until("it to be known as suspended", lambda: suspended(site, held))
-    other.do("leave")
-    held.do("enter")
-    held.do("operate")
-    held.do("leave")
-    assert site.violations() == []
-    for program in (held, other):
-        assert program.finish() == 0, program.errors
-
-
-def test_a_helper_that_is_killed_is_replaced(site: Site) -> None:
-    broker = site.start("1x64MiB", "--driver-tier", "on")
-    held, other = immovable(site), site.program()
-    other.do("enter")
-    assert suspended(site, held)
-    children = wait_until("the helper", lambda: site.children(broker))
-    for child in children:
-        os.kill(child, signal.SIGKILL)
-    other.do("leave")
-    held.do("enter")
-    held.do("operate")
-    held.do("leave")
-    for program in (held, other):
-        assert program.finish() == 0, program.errors
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.__name__)
+def test_that(site: Site, scene: Callable[[Site], None]) -> None:
+    scene(site)
 
 
 def test_without_it_such_a_program_keeps_others_out_of_what_it_holds(site: Site) -> None:
