@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 import users
@@ -42,4 +45,34 @@ def test_two_programs_of_which_only_one_fits_take_turns(site: Site, framework: s
             assert site.wait_for(other, "evacuated")["evacuated"] >= held
             assert held <= site.used() < 2 * held - held // 3
             left_behind(site, other, held)
+    users.end(site, *programs)
+
+
+def overlaps(trace: list[dict[str, Any]]) -> bool:
+    """Whether one has begun to restore while the other was evacuating."""
+    evacuating: dict[int, float] = {}
+    spans = []
+    for line in trace:
+        if line["state"] == "evacuating":
+            evacuating[line["pid"]] = line["t"]
+        elif line["pid"] in evacuating:
+            spans.append((evacuating.pop(line["pid"]), line["t"]))
+    return any(begin < line["t"] < end for line in trace if line["state"] == "restoring" for begin, end in spans)
+
+
+@users.both
+def test_memory_comes_in_while_the_other_ones_is_still_leaving(site: Site, framework: str, tmp_path: Path) -> None:
+    site.start("1x640MiB", "--quantum", "0", "--driver-tier", "off")
+    held, needed = sizes(site)
+    file = tmp_path / "trace"
+    programs = [users.start(site, framework, "--gpu-memory", str(needed), ACB_TRACE=str(file)) for _ in range(2)]
+    for program in programs:
+        program.do("load", held)
+    for _ in range(10):  # a slow machine may miss it once
+        for program in programs:
+            assert program.do("check") == []
+        if overlaps([json.loads(line) for line in file.read_text().splitlines()]):
+            break
+    else:
+        pytest.fail(file.read_text())
     users.end(site, *programs)

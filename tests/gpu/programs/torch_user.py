@@ -12,6 +12,9 @@ import torch
 from obey import obey
 from torch import nn
 
+PIECES = 8
+"""Tensors that what it holds is made of, on each GPU."""
+
 
 class User:
     """What it can be told."""
@@ -48,8 +51,9 @@ class User:
         backward is still to come, a view."""
         torch.manual_seed(len(self.held))
         self.data = [
-            torch.randint(1 << 30, (nbytes // 4,), dtype=torch.int32, device=f"cuda:{n}")
+            torch.randint(1 << 30, (nbytes // 4 // PIECES,), dtype=torch.int32, device=f"cuda:{n}")
             for n in range(torch.cuda.device_count())
+            for _ in range(PIECES)
         ]
         self.view = self.data[0][1::2]
         self.model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.LSTM(128, 16)).cuda()
@@ -59,7 +63,7 @@ class User:
 
     def check(self) -> list[str]:
         """What is not as it was; then a step further, so that there is something new to keep."""
-        wrong = [f"data on GPU {n}" for n, data in enumerate(self.data) if _digest(data) != self.digests[n]]
+        wrong = [f"data on {data.device}" for n, data in enumerate(self.data) if _digest(data) != self.digests[n]]
         wrong += ["a version counter"] if self.view._version != self.version else []
         first = self.view[0].item()
         self.data[0][1] += 1
