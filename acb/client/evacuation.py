@@ -104,14 +104,31 @@ def evacuate_all(evacuators: list[Evacuator], piece: int = 0) -> Iterator[int]:
                     yield int(nbytes)
             done.append((evacuator, moved))
     except Exception as error:
-        refusal = error if isinstance(error, EvacuationError) else EvacuationError(f"failed: {error!r}")
+        # No variable holds the refusal, nor is it its own cause: in such a cycle its traceback, and with it all that
+        # was to be moved, would stay until the next garbage collection.
         for _, step in steps:
             step.close()
-        for other, moved in reversed([] if piece else done):
-            try:
-                other.restore()
-            except Exception:  # it stays safe in host memory, and comes back with the next lease
-                refusal.moved += max(1, moved)
-        raise refusal from error
+        stranded = 0 if piece else _bring_back(done)
+        if isinstance(error, EvacuationError):
+            error.moved += stranded
+            raise
+        raise _failure(error, stranded) from error
     if not piece:
         yield sum(moved for _, moved in done)
+
+
+def _bring_back(done: list[tuple[Evacuator, int]]) -> int:
+    """Restore what was evacuated already. Returns the bytes for which that failed; the next lease brings them back."""
+    stranded = 0
+    for evacuator, moved in reversed(done):
+        try:
+            evacuator.restore()
+        except Exception:  # it stays safe in host memory
+            stranded += max(1, moved)
+    return stranded
+
+
+def _failure(error: Exception, stranded: int) -> EvacuationError:
+    failure = EvacuationError(f"failed: {error!r}")
+    failure.moved = stranded
+    return failure

@@ -102,7 +102,7 @@ class JaxEvacuator:
     def peak(self) -> int:
         """See Evacuator.peak; as jax's allocator counts from the start of the process, it may be an earlier one."""
         if self._ledger is not None:
-            return max(card.peak() for card in self._ledger.cards)
+            return max((card.peak() for card in self._ledger.used), default=0)
         with moving():
             peaks = (_memory_stats(device).get("peak_bytes_in_use", 0) for device in self._devices())
             lifetime = max(peaks, default=0)
@@ -112,7 +112,7 @@ class JaxEvacuator:
         """See Evacuator.reset_peak."""
         self._known_peak = 0
         if self._ledger is not None:
-            for card in self._ledger.cards:
+            for card in self._ledger.used:
                 card.reset_peak()
 
     def _devices(self) -> Iterator[Any]:

@@ -65,13 +65,19 @@ class Ledger:
                     self._cards = _open_cards()
         return self._cards
 
+    @property
+    def used(self) -> list[Card]:
+        """Those that have been used; none before the first use. Asking for others would choose them, before the broker
+        has said which they are."""
+        return self._cards
+
     def buffers(self, index: int) -> list[int]:
         """Bytes of each buffer that is charged to this GPU."""
         return [charge.nbytes for charge in list(self._charges.values()) if charge.key[0] == index]
 
     def resident(self) -> int:
         """Bytes charged for arrays on the fullest GPU. What was freed before is free for others when this returns."""
-        for card in self.cards:
+        for card in self.used:
             card.held()
         return fullest((charge.key[0], charge.nbytes) for charge in list(self._charges.values()))
 

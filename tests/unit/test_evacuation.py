@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
+import weakref
 from collections.abc import Generator
 
 import pytest
@@ -120,6 +123,28 @@ def test_batches_keep_order_and_size(sizes: list[int], piece: int) -> None:
     assert piece or len(found) <= 1
     for batch in found[:-1]:
         assert piece <= sum(sizes[number] for number in batch) < piece + sizes[batch[-1]]
+
+
+@pytest.mark.parametrize("kind", [EvacuationError, ZeroDivisionError])
+def test_a_refusal_keeps_nothing_alive_of_what_was_to_be_moved(kind: type[Exception]) -> None:
+    class Tensor:
+        pass
+
+    class Holding(Fake):
+        def evacuation(self, piece: int = 0) -> Generator[int]:
+            tensor = Tensor()
+            held.append(weakref.ref(tensor))
+            yield 0
+            raise kind("not today")
+
+    held: list[weakref.ref[Tensor]] = []
+    gc.disable()
+    try:
+        with contextlib.suppress(EvacuationError):
+            list(evacuate_all([Fake(3), Holding(4)]))
+        assert held[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_memory_is_counted_on_the_fullest_gpu() -> None:

@@ -32,31 +32,13 @@ def say(**what: Any) -> None:
         sys.stdout.flush()
 
 
-class Memory:
-    """Blocks of bytes on the card, and the evacuator that moves them."""
-
-    name = "leaser"
+class Steps:
+    """What an evacuator does step by step, for the test to hold and to fail."""
 
     def __init__(self) -> None:
-        self._card: Card | None = None
-        self.on_card: dict[str, bytes] = {}
-        self.on_host: dict[str, bytes] = {}
-        self.sizes: dict[str, int] = {}
         self.holds: set[str] = set()
         self.failures: dict[str, list[str]] = {}
         self.go_on = threading.Event()
-
-    @property
-    def card(self) -> Card:
-        """The GPU that this process is bound to; before that, the first."""
-        if self._card is None:
-            client = runtime.client()
-            assert client.simulated is not None
-            card = Card.open(client.simulated, client.gpu or 0)
-            if client.gpu is None:
-                return card
-            self._card = card
-        return self._card
 
     def step(self, name: str) -> None:
         """Stop here if the test has asked for it, and fail if it has asked for that."""
@@ -74,6 +56,31 @@ class Memory:
             if kind == "bug":
                 raise ZeroDivisionError("a bug in a hook")
 
+
+class Memory(Steps):
+    """Blocks of bytes on the card, and the evacuator that moves them."""
+
+    name = "leaser"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._card: Card | None = None
+        self.on_card: dict[str, bytes] = {}
+        self.on_host: dict[str, bytes] = {}
+        self.sizes: dict[str, int] = {}
+
+    @property
+    def card(self) -> Card:
+        """The GPU that this process is bound to; before that, the first."""
+        if self._card is None:
+            client = runtime.client()
+            assert client.simulated is not None
+            card = Card.open(client.simulated, client.gpu or 0)
+            if client.gpu is None:
+                return card
+            self._card = card
+        return self._card
+
     def add(self, key: str, nbytes: int) -> None:
         """As a framework's allocation: short of memory, it asks the broker for room and tries again."""
         with self.card.operation("allocate"):
@@ -88,6 +95,17 @@ class Memory:
                 break
         self.on_card[key] = key.encode() * 3 + bytes([nbytes % 251])
         self.sizes[key] = self.sizes.get(key, 0) + nbytes  # what was there before stays on the card, too
+
+    def operate(self) -> None:
+        """One operation; every block must be there, unchanged."""
+        with self.card.operation("operate"):
+            assert not self.on_host, "memory is not on the card"
+            for key, content in self.on_card.items():
+                assert content[:-1] == key.encode() * 3, "memory was changed"
+
+    def make_immovable(self) -> None:
+        """From now on the framework refuses to move it."""
+        self.failures["evacuate"] = ["refuse"] * 20
 
     def synchronize(self) -> None:
         self.step("synchronize")
@@ -131,15 +149,22 @@ class Memory:
         return moved
 
 
-memory: Memory | None = None
+memory: Any = None
+"""A Memory, or a TorchMemory."""
+
 phases: list[acb.gpu] = []
 
 
-def mine() -> Memory:
+def mine() -> Any:
     global memory
     if memory is None:
-        memory = Memory()
-        runtime.client().add_evacuator(memory)
+        if os.environ.get("LEASER_MEMORY") == "torch":
+            from torch_memory import TorchMemory
+
+            memory = TorchMemory(Steps())
+        else:
+            memory = Memory()
+            runtime.client().add_evacuator(memory)
         runtime.after_fork(forget)
     return memory
 
@@ -166,13 +191,10 @@ def add(key: str, nbytes: int) -> None:
 
 
 def operate(count: int = 1) -> None:
-    """Operations on the card; every block must be there, unchanged."""
+    """Operations on the GPU; every block must be there, unchanged."""
     m = mine()
     for _ in range(count):
-        with m.card.operation("operate"):
-            assert not m.on_host, "memory is not on the card"
-            for key, content in m.on_card.items():
-                assert content[:-1] == key.encode() * 3, "memory was changed"
+        m.operate()
 
 
 def region(count: int = 1) -> None:
@@ -390,8 +412,13 @@ def fail_framework(step: str, *kinds: str) -> None:
     framework.failures[step] = list(kinds)
 
 
+def make_immovable() -> None:
+    mine().make_immovable()
+
+
 def hold(*steps: str) -> None:
-    mine().holds = set(steps)
+    mine().holds.clear()
+    mine().holds.update(steps)
 
 
 def step() -> None:

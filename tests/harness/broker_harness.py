@@ -25,8 +25,9 @@ from acb.devices.simulated import Card
 from acb.protocol import Holds, Message, decode, encode
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-LEASER = Path(__file__).parent / "programs" / "leaser.py"
-PATIENCE = 30.0
+PROGRAMS = REPOSITORY / "tests" / "integration" / "programs"
+LEASER = PROGRAMS / "leaser.py"
+PATIENCE = 60.0
 MIB = 1 << 20
 T = TypeVar("T")
 
@@ -42,9 +43,21 @@ def wait_until(what: str, true: Callable[[], T | None]) -> T:
 
 
 class Site:
-    """A runtime directory of its own, with whatever runs in it."""
+    """A runtime directory of its own, with whatever runs in it, on simulated GPUs. (On real ones: see nvidia_site.)"""
 
-    def __init__(self) -> None:
+    place = "simulated"
+    unit = MIB
+    """Bytes: tests take a GPU to have 64 of these, as a simulated one of 64 MiB has."""
+
+    patience = PATIENCE
+    """Seconds for a program to answer."""
+
+    slack = 0
+    """Bytes that a process may have on a GPU besides what it knows of, such as CUDA's context."""
+
+    def __init__(self, memory: str = "card") -> None:
+        """`memory` of the leasers: bytes on a simulated "card", or tensors of PyTorch's: "torch"."""
+        self.memory = memory
         self.directory = Path(tempfile.mkdtemp(prefix="acb-"))
         self.socket = self.directory / "broker.sock"
         self.programs: list[Program] = []
@@ -79,13 +92,17 @@ class Site:
             timeout=60,
         )
 
+    def which(self, gpus: str) -> list[str]:
+        """The broker's options for these GPUs."""
+        return ["--simulate-gpus", gpus]
+
     def start(self, gpus: str = "1x64MiB", *options: str, **changes: str | None) -> int:
         """Start a broker in the foreground, as a child, and wait until it answers; its process id."""
         with open(self.log / f"broker{len(self.brokers)}", "wb") as stream:
             process = subprocess.Popen(
                 [
                     sys.executable,
-                    *("-m", "acb.cli.gpu_assigner", "start", "--foreground", "--simulate-gpus", gpus, *options),
+                    *("-m", "acb.cli.gpu_assigner", "start", "--foreground", *self.which(gpus), *options),
                 ],
                 env=self.environment(**changes),
                 stderr=stream,
@@ -140,6 +157,20 @@ class Site:
         [directory] = self.directory.glob("simulated-*")
         return Card.open(directory, ordinal)
 
+    def processes(self, ordinal: int = 0) -> dict[int, int]:
+        """Bytes on a GPU of each process that has used it, as the device says."""
+        with self.card(ordinal) as card:
+            return dict(card.processes())
+
+    def used(self, ordinal: int = 0) -> int:
+        """Bytes on a GPU that this site's processes hold, as the device says."""
+        return sum(self.processes(ordinal).values())
+
+    def capacity(self, ordinal: int = 0) -> int:
+        """Bytes of a GPU."""
+        with self.card(ordinal) as card:
+            return card.capacity
+
     def violations(self) -> list[Any]:
         """What the referees of all GPUs have noted."""
         found: list[Any] = []
@@ -153,17 +184,32 @@ class Site:
         self.peers.append(Peer(self.socket))
         return self.peers[-1]
 
+    @staticmethod
+    def complaints(program: Program) -> str:
+        """What a program that ends well has said on stderr that it should not have."""
+        return program.errors
+
     # --- programs ---------------------------------------------------------------------------------------------------
 
     def program(self, **changes: str | None) -> Program:
         """Start a leaser that finds this site's broker."""
+        if self.memory == "torch":
+            return self.launch(LEASER, LEASER_MEMORY="torch", **changes)
         simulated = next(iter(self.directory.glob("simulated-*")), None)
         variables: dict[str, str | None] = {
             "ACB_BROKER": "require",
             "ACB_SOCKET": str(self.socket),
             "ACB_SIMULATED": str(simulated) if simulated else None,
         }
-        program = Program(self.environment(**{**variables, **changes}))
+        return self._begin([sys.executable, "-W", "error", str(LEASER)], {**variables, **changes})
+
+    def launch(self, script: Path, *options: str, **changes: str | None) -> Program:
+        """Start a program that obeys, under acb-launch with these options."""
+        command = [sys.executable, "-m", "acb.launcher", *options, "--", sys.executable, "-W", "ignore", str(script)]
+        return self._begin(command, {"ACB_BROKER": "require", "OMP_NUM_THREADS": "1", **changes})
+
+    def _begin(self, command: list[str], changes: dict[str, str | None]) -> Program:
+        program = Program(command, self.environment(**changes), self.patience)
         self.programs.append(program)
         return program
 
@@ -186,11 +232,12 @@ class Site:
 
 
 class Program:
-    """A running leaser."""
+    """A running leaser, or another program that obeys as it does."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
+    def __init__(self, command: list[str], environment: dict[str, str], patience: float = PATIENCE) -> None:
+        self._patience = patience
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", str(LEASER)],
+            command,
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -219,7 +266,7 @@ class Program:
     def next(self) -> dict[str, Any]:
         """The next thing it says."""
         try:
-            said = self._said.get(timeout=PATIENCE)
+            said = self._said.get(timeout=self._patience)
         except queue.Empty:
             raise AssertionError(f"process {self.pid} says nothing; stderr: {self.errors}") from None
         assert said is not None, f"process {self.pid} has ended; stderr: {self.errors}"
@@ -365,9 +412,9 @@ class FakeBroker:
 
 
 @contextlib.contextmanager
-def site() -> Iterator[Site]:
+def site(kind: type[Site] = Site, memory: str = "card") -> Iterator[Site]:
     """A site that leaves nothing behind."""
-    place = Site()
+    place = kind(memory)
     try:
         yield place
     finally:

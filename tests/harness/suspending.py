@@ -1,0 +1,112 @@
+"""The driver tier end to end: a real broker, its helper, and programs that nothing else can move.
+
+For simulated GPUs, whose driver is simulated, and for real ones.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from broker_harness import Program, Site, wait_until
+
+
+def immovable(site: Site) -> Program:
+    """A program whose framework refuses to move its memory."""
+    program = site.program()
+    program.do("enter")
+    program.do("add", "model", 40 * site.unit)
+    program.do("make_immovable")
+    program.do("leave")
+    return program
+
+
+def suspended(site: Site, program: Program) -> bool:
+    """Whether the driver has its memory."""
+    return bool(site.client(program).get("suspended"))
+
+
+def what_the_framework_cannot_move_the_driver_moves_and_brings_back(site: Site) -> None:
+    site.start("1x64MiB", "--driver-tier", "on")
+    held = immovable(site)
+    other = site.program()
+    other.do("enter")
+    other.do("add", "model", 50 * site.unit)  # more than is left beside the first
+    assert suspended(site, held)
+    assert site.used() <= 50 * site.unit + site.slack
+    other.do("leave")
+    held.do("enter")
+    held.do("operate")
+    assert 40 * site.unit <= site.used() <= 40 * site.unit + site.slack
+    assert not suspended(site, held)
+    held.do("leave")
+    assert site.violations() == []
+    for program in (held, other):
+        assert program.finish() == 0, program.errors
+
+
+def programs_that_only_the_driver_can_move_take_turns(site: Site) -> None:
+    site.start("1x64MiB", "--driver-tier", "on", "--quantum", "0")
+    programs = [immovable(site) for _ in range(3)]
+    for program in programs:
+        program.begin("take_turns", 4, 0)
+    for program in programs:
+        program.end("take_turns")
+    assert site.violations() == []
+    for program in programs:
+        assert program.finish() == 0, program.errors
+
+
+def a_suspended_program_that_is_killed_leaves_nothing(site: Site) -> None:
+    site.start("1x64MiB", "--driver-tier", "on")
+    held, other = immovable(site), site.program()
+    other.do("enter")
+    assert suspended(site, held)
+    held.kill()
+    wait_until("its end to be seen", lambda: not site.client(held))
+    other.do("leave")
+    assert other.finish() == 0
+    assert site.used() <= site.slack
+
+
+def the_next_broker_resumes_what_the_one_before_has_suspended(site: Site) -> None:
+    site.start("1x64MiB", "--driver-tier", "on")
+    held, other = immovable(site), site.program()
+    other.do("enter")
+    assert suspended(site, held)
+    site.kill_broker(signal.SIGKILL)
+    site.start("1x64MiB", "--driver-tier", "on")
+    site.wait_for(other, "running")
+    wait_until("it to be known as suspended", lambda: suspended(site, held))
+    other.do("leave")
+    held.do("enter")
+    held.do("operate")
+    held.do("leave")
+    assert site.violations() == []
+    for program in (held, other):
+        assert program.finish() == 0, program.errors
+
+
+def a_helper_that_is_killed_is_replaced(site: Site) -> None:
+    broker = site.start("1x64MiB", "--driver-tier", "on")
+    held, other = immovable(site), site.program()
+    other.do("enter")
+    assert suspended(site, held)
+    children = wait_until("the helper", lambda: site.children(broker))
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    other.do("leave")
+    held.do("enter")
+    held.do("operate")
+    held.do("leave")
+    for program in (held, other):
+        assert program.finish() == 0, program.errors
+
+
+SCENES = [
+    what_the_framework_cannot_move_the_driver_moves_and_brings_back,
+    programs_that_only_the_driver_can_move_take_turns,
+    a_suspended_program_that_is_killed_leaves_nothing,
+    the_next_broker_resumes_what_the_one_before_has_suspended,
+    a_helper_that_is_killed_is_replaced,
+]

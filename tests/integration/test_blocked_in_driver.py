@@ -1,0 +1,34 @@
+"""A suspended program that is blocked in the driver, where nothing of it can ask for its lease (simulated GPUs)."""
+
+from __future__ import annotations
+
+import os
+
+from broker_harness import Site, wait_until
+from suspending import immovable, suspended
+
+
+def test_a_suspended_program_that_is_blocked_and_cannot_ask_gets_its_lease(site: Site) -> None:
+    site.start("1x64MiB", "--driver-tier", "on")
+    held, other = immovable(site), site.program()
+    other.do("enter")
+    other.do("leave")
+    wait_until("it to be suspended", lambda: suspended(site, held))
+    fifo = site.log / "driver"
+    os.mkfifo(fifo)
+    descriptor = os.open(fifo, os.O_RDWR)
+    try:
+        held.begin("read_in_c", str(fifo))
+        held.holds_at("in C")
+        wait_until("its memory to be brought back", lambda: not suspended(site, held))
+        assert "blocked in the driver" in site.broker_log()
+        os.write(descriptor, b"x")  # now the driver lets it go
+    finally:
+        os.close(descriptor)
+    assert held.end("read_in_c") == 1
+    held.do("enter")
+    held.do("operate")
+    held.do("leave")
+    assert site.violations() == []
+    for program in (held, other):
+        assert program.finish() == 0, program.errors
