@@ -164,9 +164,9 @@ class Broker:
         client = self.clients.get(client_id)
         if client is not None and client.resuming:
             if not problem:
-                client.resident, client.evacuated = client.resident + client.parked, client.evacuated - client.parked
-                client.parked = 0
-                self._room.settle(client)
+                back, client.parked = client.parked, 0
+                client.evacuated -= back
+                self._room.measure(client, client.resident + back)  # the driver has found room, whatever the books say
                 self.scheduler.resumed(client, now)
             elif lost:
                 client.refusal = f"the driver cannot bring back the memory of process {client.pid}: {problem}"
