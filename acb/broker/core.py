@@ -60,6 +60,7 @@ class Broker:
         self.programs = programs or Programs()
         self.clients: dict[int, Client] = {}
         self.recovering: set[int] = set()
+        self._narrow = False  # some holders may have been promised less than they should have
         self._gangs: dict[str, Unit] = {}
         self._by_ordinal = {gpu.ordinal: gpu for gpu in gpus}
         self._log: deque[tuple[float | None, int, Message | str]] = deque(maxlen=200)
@@ -123,6 +124,7 @@ class Broker:
         client = self.clients.get(client_id)
         if client is not None and not client.lease and not client.evacuating and client.resident != resident:
             self._log.append((now, client_id, f"observed {resident}"))
+            client.emptied = client.emptied and resident <= client.resident  # there is something new to move
             self._room.measure(client, resident)
             self.scheduler.touch(*client.gpus)
         return self._finish(now)
@@ -178,6 +180,7 @@ class Broker:
                 self._room.settle(client)
                 self._send(client.id, Refused(client.refusal))
                 self._close_unit(client.unit, now)
+                self.scheduler.touch(*client.gpus)
             elif kept and client.origin is not None:
                 self._stay(client, client.origin, now)
             else:
@@ -255,6 +258,11 @@ class Broker:
     def _finish(self, now: float) -> list[Send]:
         """Decide all that can be decided now, and hand over the instructions."""
         if not self.recovering:
+            if self._narrow:
+                self._narrow = False
+                for client in self.clients.values():
+                    if client.lease:
+                        self.scheduler.widen(client)
             self.scheduler.run(now)
         out, self._out = self._out, []
         return out
@@ -295,7 +303,8 @@ class Broker:
             self._room.measure(client, hello.resident, hello.peak)
             client.evacuated = min(min(gpu.capacity for gpu in client.gpus), max(0, hello.evacuated))
             if hello.holding:
-                self.scheduler.resume(client, now)
+                self.scheduler.resume(client, now, alone=not self.recovering)
+                self._narrow = True
         self.scheduler.touch(*client.gpus)
         self._send(client_id, Welcome(VERSION, client_id, lease=client.lease, stranded=client.stranded))
 
@@ -440,6 +449,7 @@ class Broker:
             client.phase_seconds = 0.0
             self.scheduler.weigh(unit)
         before = client.peak
+        self._partly_back(client, message.resident)
         self._room.measure(client, message.resident, message.peak)
         self._room.settle(client)
         client.steady = client.steady + 1 if client.peak <= before else 0
@@ -455,6 +465,11 @@ class Broker:
                 self.scheduler.pause(client, now)
             self._wait(client, now)
         self.scheduler.touch(*client.gpus)
+
+    @staticmethod
+    def _partly_back(client: Client, resident: int) -> None:
+        """What has come to the GPU of a client that has not run yet is not in host memory any more."""
+        client.evacuated -= max(0, min(client.evacuated, resident - client.resident))
 
     def _close_unit(self, unit: Unit, now: float) -> None:
         """A member has given its lease back: with the last one the unit's slots are free."""
@@ -505,6 +520,7 @@ class Broker:
         if not client.lease:
             self._send(client.id, RoomAnswer(False, "no lease is held"))
             return
+        self._partly_back(client, message.resident)
         self._room.measure(client, message.resident)
         if client.room_wanted:
             self._send(client.id, RoomAnswer(False, "it has asked for something else meanwhile"))

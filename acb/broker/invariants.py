@@ -112,4 +112,4 @@ def _moves(gpu: Gpu, client: Client) -> bool:
 
 def _kept_out(gpu: Gpu, unit: Unit) -> bool:
     others = [other for other in gpu.occupants.values() if other.unit is not unit]
-    return any(other.evacuating or other.stuck or other.unit.preempt_at is not None for other in others)
+    return any(o.evacuating or o.stuck or (o.emptied and o.resident) or o.unit.preempt_at is not None for o in others)

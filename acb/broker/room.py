@@ -91,6 +91,17 @@ class Room:
             self.settle(client)
         return [gpu for client in clients for gpu in client.gpus]
 
+    @staticmethod
+    def refused(gpu: Gpu) -> list[Client]:
+        """Those on the GPU who could not be moved."""
+        return [o for o in gpu.occupants.values() if not o.lease and (o.unmovable or o.driver_problem)]
+
+    def ask_again(self, gpu: Gpu) -> None:
+        """They may be asked once more."""
+        for client in self.refused(gpu):
+            client.driver_problem = ""
+            self.cannot_move(client, "")
+
     # --- needs ------------------------------------------------------------------------------------------------------
 
     def want(self, client: Client, gpu: Gpu) -> int:

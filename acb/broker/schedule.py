@@ -32,6 +32,9 @@ They may be unable to: a collective operation waits for that very member. Then i
 RETRY = 1.0
 """Seconds until the driver is asked again to bring memory back to a GPU on which a stranger has the room."""
 
+MIN_PATIENCE, MAX_PATIENCE = 5.0, 60.0
+"""Seconds until those who could not be moved, and whose memory keeps everybody out, are asked again."""
+
 DEPTH = 16
 """So many of those who wait are looked at for one that is done before the first one's turn."""
 
@@ -159,10 +162,22 @@ class Scheduler:
         while self._timers and self._timers[0][0] <= now:
             _, number = heapq.heappop(self._timers)
             client = self._paused.pop(number, None)
-            if client is not None:
+            if number < 0:
+                gpu = self._gpus[-1 - number]
+                gpu.asks_again = False
+                self._room.ask_again(gpu)
+                self.touch(gpu)
+            elif client is not None:
                 self.touch(*client.gpus)
             elif number in self._clients and self._clients[number].resuming:
                 self._send(number, migration.resume(self._clients[number]))
+
+    def _ask_again_later(self, gpu: Gpu, now: float) -> None:
+        """Those who could not be moved keep everybody out there: that may change, as host memory comes and goes."""
+        if not gpu.asks_again and self._room.refused(gpu):
+            gpu.asks_again = True
+            heapq.heappush(self._timers, (now + gpu.patience, -1 - self._gpus.index(gpu)))
+            gpu.patience = min(MAX_PATIENCE, 2 * gpu.patience)
 
     def paused(self, client: Client) -> bool:
         """Whether the client waits for its gang to stop."""
@@ -179,9 +194,10 @@ class Scheduler:
             del self._dirty[gpu]
             seen[gpu] = None
             self._serve(gpu, now)
-        for gpu in list(seen):
-            if gpu.challenger is not None:  # who waits for one of its GPUs may now be let in as soon as another is free
-                seen |= dict.fromkeys(gpu.challenger.gpus)
+            if gpu.challenger is not None:  # what keeps it out may be on another of its GPUs
+                self.touch(*[other for other in gpu.challenger.gpus if other not in seen])
+        for unit in dict.fromkeys(unit for gpu in seen for unit in gpu.units):
+            seen |= dict.fromkeys(unit.gpus)  # where others share with it, another may be the first to go now
         for unit in dict.fromkeys(unit for gpu in seen for unit in gpu.units):
             self._contend(unit, now)
 
@@ -205,8 +221,10 @@ class Scheduler:
             admission = self._admit(unit, now)
             if admission is Admission.GRANTED:
                 continue
-            if admission is Admission.STUCK and self._let_unmovable_overtake(gpu, now):
-                continue
+            if admission is Admission.STUCK:
+                if self._let_overtake(gpu, unit, now):
+                    continue
+                self._ask_again_later(gpu, now)
             gpu.challenger = unit
             gpu.crowded = gpu.full or any(
                 place is gpu and client is not None and bool(gpu.units) and self._room.kept_by_holders(gpu, client)
@@ -260,19 +278,22 @@ class Scheduler:
         wanting = [(gpu, client) for gpu, client in unit.places() if client is not None and client.waiting]
         if any(client.evacuating for _, client in wanting):
             return Admission.COMING
-        if not self._room.make_all([(gpu, client, self._room.want(client, gpu)) for gpu, client in wanting], now):
-            if any(self._room.coming(gpu, client) for gpu, client in wanting):
-                if overtaking or not self._follow(*wanting[0]):
-                    return Admission.COMING
-            else:
-                floors = [(gpu, client, self._room.floor(client)) for gpu, client in wanting]
-                if any(floor == 0 or floor > self._room.free(gpu, client) for gpu, client, floor in floors):
-                    return Admission.STUCK
+        there = self._room.make_all([(gpu, client, self._room.want(client, gpu)) for gpu, client in wanting], now)
+        if not there and any(self._room.coming(gpu, client) for gpu, client in wanting):
+            if overtaking or not self._follow(*wanting[0]):
+                return Admission.COMING
+        else:
+            # What one has must have room in any case; with less than one needs, one may try where others cannot move.
+            least = Client.all_memory if there else self._room.floor
+            floors = [(gpu, client, least(client)) for gpu, client in wanting]
+            if any(floor > self._room.free(gpu, client) or not (there or floor) for gpu, client, floor in floors):
+                return Admission.STUCK
         unit.queued, unit.ticket = False, unit.ticket + 1
         unit.active = unit.bound = True
         unit.granted_at, unit.preempt_at, unit.contender = now, None, None
         for gpu in unit.gpus:
             gpu.units.append(unit)
+            gpu.patience = MIN_PATIENCE
         for client in dict.fromkeys(client for _, client in wanting):
             self._grant(client, now)
         if unit.size > 1:
@@ -351,8 +372,11 @@ class Scheduler:
         """The driver could not yet: try again."""
         heapq.heappush(self._timers, (now + RETRY, client.id))
 
-    def resume(self, client: Client, now: float) -> bool:
-        """A client of a broker before this one says that it holds the lease: whether it may keep it."""
+    def resume(self, client: Client, now: float, *, alone: bool) -> bool:
+        """A client of a broker before this one says that it holds the lease: whether it may keep it.
+
+        Unless it is `alone`, others have still to say what they have, and it is promised no more than it has needed.
+        """
         unit = client.unit
         if not unit.active:
             if any(gpu.full for gpu in unit.gpus):
@@ -364,20 +388,28 @@ class Scheduler:
         client.lease, client.granted_at, client.started_at = True, now, now
         for gpu in client.gpus:
             gpu.holders.add(client.id)
-        client.headroom = min([min(self._room.want(client, gpu), self._room.free(gpu, client)) for gpu in client.gpus])
-        self._room.settle(client)
+        self.widen(client, None if alone else max(client.resident, client.peak))
         return True
 
-    def _let_unmovable_overtake(self, gpu: Gpu, now: float) -> bool:
-        """Nobody overtakes but those whose memory, which cannot be moved, keeps the first one out.
+    def widen(self, client: Client, most: int | None = None) -> None:
+        """Promise a holder what it should have, as far as there is room, or at most so much."""
+        gpus = client.gpus
+        room = min([min(self._room.want(client, gpu), self._room.free(gpu, client)) for gpu in gpus])
+        client.headroom = max(client.headroom, room if most is None else min(room, most))
+        self._room.settle(client)
 
-        They must run to their end, or nobody ever will.
+    def _let_overtake(self, gpu: Gpu, first: Unit, now: float) -> bool:
+        """Nothing can be done to let the first one in: let those go before it whose memory, or context, which cannot be
+        moved, keeps it out, for only their end can help it; else whoever can use the GPU.
         """
-        ready = [c.unit for c in gpu.occupants.values() if c.stuck and c.waiting and c.resident]
+        keeping = [c.unit for c in gpu.occupants.values() if (c.stuck or c.emptied) and c.waiting and c.resident]
+        keeping.sort(key=lambda unit: (unit.key, unit.order))
+        others = [unit for line in (gpu.line, gpu.newcomers) for unit in line.first(DEPTH) if unit.size == 1]
+        others.sort(key=lambda unit: (unit.key, unit.order))
         return any(
             self._admit(unit, now, overtaking=True) is Admission.GRANTED
-            for unit in sorted(ready, key=lambda unit: (unit.key, unit.order))
-            if unit.queued
+            for unit in dict.fromkeys([*keeping, *others])
+            if unit.queued and unit is not first
         )
 
     def _take_newcomer(self, gpu: Gpu) -> bool:

@@ -74,6 +74,10 @@ class Gpu:
     """The unit that is next, when it cannot be let in yet."""
     crowded: bool = False
     """Whether holders have the room that the challenger needs."""
+    asks_again: bool = False
+    """Whether those who could not be moved will be asked again by the clock."""
+    patience: float = 5.0
+    """In how many seconds."""
 
     @property
     def full(self) -> bool:
@@ -183,6 +187,10 @@ class Client:
     def claim(self) -> int:
         """Bytes of its GPU that it occupies or has been promised."""
         return max(self.headroom, self.resident) if self.lease else self.resident
+
+    def all_memory(self) -> int:
+        """Bytes that must be on the GPU when it runs."""
+        return self.resident + self.evacuated
 
     def books(self) -> tuple[int, int, int]:
         """What it should count for: see `booked`."""

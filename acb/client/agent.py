@@ -147,7 +147,11 @@ class Agent:
         Another message than a grant stays on the socket, for the agent's thread to take: the program's threads must not
         move memory.
         """
-        if not self._connection.listen(lambda: self._requested and not self._memory.evacuated, self._granted):
+
+        def ready() -> bool:
+            return self._requested and not self._memory.evacuated and not self._evacuation_due
+
+        if not self._connection.listen(ready, self._granted):
             return False
         if self._trace.enabled:
             self._connection.wake()  # the thread observes a granted lease
@@ -585,15 +589,8 @@ class Agent:
 
     def _consider_restoring(self, now: float) -> float | None:
         """The lease is held, but memory must come back first and there was no room for it."""
-        if self._coming:
-            if not self._revoked:
-                return None  # there is more with each Headroom
-            if now < self._preempt_at:
-                return self._preempt_at - now
-            self._give_up("preempted after its quantum", wants=True)
-            return None
-        if self._room_due:
-            return None  # the broker makes room
+        if self._coming or self._room_due:
+            return None  # the broker makes room; to give up before anything has run would waste the copy
         if now >= self._memory.restore_at:
             self._restore()
             return 0.0

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from acb.broker.core import Broker, Gpu
+from acb.broker.core import Broker, Client, Gpu
 from acb.broker.policies import POLICIES
 from acb.broker.state import Resume, Suspend
 from acb.protocol import (
@@ -32,6 +32,11 @@ from acb.protocol import (
 )  # fmt: skip
 
 CAPACITY = 1000
+
+
+def stays(client: Client) -> bool:
+    """Whether only the end of a program can free its memory, or the context that it has left."""
+    return client.stuck or (client.emptied and client.resident > 0 and not client.waiting)
 
 
 class Program:
@@ -471,7 +476,7 @@ class Histories(RuleBasedStateMachine):
                     program.restoring, program.resident = False, program.resident + program.evacuated
                     moved, program.evacuated = program.evacuated, 0
                     self.tell(client, Restored(program.resident, moved, 0.1))
-                elif (program.lease and not program.following) or self.broker.clients[client].stuck:
+                elif (program.lease and not program.following) or stays(self.broker.clients[client]):
                     program.lease = False
                     del self.programs[client]  # its work is done; what nobody can move goes only so
                     self.now += 0.001
@@ -677,3 +682,72 @@ def test_nobody_comes_in_early_without_memory_to_bring_back_or_beside_other_hold
     broker = _two_that_fill_the_gpu(slots=2)
     assert broker.handle(1, Yield(900, 900), 9.0) == [(1, Evacuate())]
     assert broker.handle(1, Evacuated(600, 300, 0.1, more=True), 9.1) == []
+
+
+def test_what_came_back_before_a_preemption_is_not_counted_twice() -> None:
+    broker = _two_that_fill_the_gpu()
+    broker.handle(1, Yield(900, 900, wants=True), 9.0)
+    broker.handle(1, Evacuated(600, 300, 0.1, more=True), 9.1)
+    broker.handle(1, Evacuated(0, 600, 0.1), 9.2)
+    broker.handle(2, Yield(300, 900, wants=True), 12.0)
+    client = broker.clients[2]
+    assert (client.resident, client.evacuated) == (300, 600)
+
+
+# --- nobody waits for ever -------------------------------------------------------------------------------------------
+
+
+def test_what_keeps_a_unit_of_several_gpus_out_may_be_on_any_of_them() -> None:
+    broker = Broker([Gpu(0, CAPACITY, "0"), Gpu(1, CAPACITY, "1")], POLICIES["fifo"](None))
+    broker.handle(1, Hello(VERSION, 101, "both", count=2), 0.0)
+    broker.handle(2, Hello(VERSION, 102, "stays", gpu=1, resident=700, peak=700), 0.0)
+    broker.handle(3, Hello(VERSION, 103, "goes", gpu=0, resident=200, peak=200), 0.0)
+    broker.handle(1, Request(), 1.0)
+    broker.handle(2, Evacuated(700, 0, 0.0, "captured CUDA graphs"), 1.1)
+    assert broker.handle(2, Request(), 1.2) == []
+    granted, revoked = broker.handle(3, Evacuated(0, 200, 0.1), 1.3)
+    assert granted == (2, Grant(1, "1", CAPACITY))
+    assert isinstance(revoked.message, Revoke)
+
+
+def test_a_lease_has_room_for_what_must_come_back_and_others_go_first_while_there_is_none() -> None:
+    """Client 2 has 900 in host memory, and the 150 of client 1 cannot be moved."""
+    broker = _broker(3)
+    broker.handle(2, Request(), 0.0)
+    broker.handle(2, Yield(900, 900), 0.5)
+    broker.handle(1, Request(), 1.0)
+    broker.handle(2, Evacuated(0, 900, 0.1), 1.1)
+    broker.handle(1, Yield(150, 150), 2.0)
+    assert broker.handle(2, Request(), 3.0) == [(1, Evacuate(64 << 20))]
+    assert broker.handle(1, Evacuated(150, 0, 0.0, "captured CUDA graphs"), 3.1) == []
+    assert broker.clients[2].state == "waiting"
+    granted, revoked = broker.handle(3, Request(), 4.0)
+    assert granted == (3, Grant(0, "GPU-x", 850))
+    assert isinstance(revoked.message, Revoke), "it is still not its turn"
+    broker.gone(3, 5.0)
+    assert broker.gone(1, 6.0) == [(2, Grant(0, "GPU-x", CAPACITY))]
+
+
+def test_who_could_not_be_moved_is_asked_again_at_ever_longer_intervals() -> None:
+    broker = _two_that_fill_the_gpu()
+    broker.handle(1, Yield(900, 900), 9.0)
+    now, asked = 9.1, []
+    for _ in range(6):
+        assert broker.handle(1, Evacuated(900, 0, 0.0, "no host memory"), now) == []
+        assert broker.wake_at is not None
+        asked.append(round(broker.wake_at - now))
+        now = broker.wake_at
+        [(who, evacuate)] = broker.tick(now)
+        assert (who, type(evacuate)) == (1, Evacuate)
+    assert asked == [5, 10, 20, 40, 60, 60]
+    assert broker.handle(1, Evacuated(0, 900, 0.1), now) == [(2, Grant(0, "GPU-x", CAPACITY))]
+
+
+def test_a_holder_that_speaks_first_after_a_brokers_death_leaves_room_for_what_others_have() -> None:
+    broker = Broker([Gpu(0, CAPACITY)], POLICIES["fifo"](None))
+    broker.recover({201, 202})
+    broker.handle(1, Hello(VERSION, 201, "holds", gpu=0, holding=True, resident=300, peak=350), 0.0)
+    broker.handle(2, Hello(VERSION, 202, "stays", gpu=0, resident=600, peak=600), 0.1)
+    assert broker.clients[2].resident == 600
+    assert broker.clients[1].headroom == 400
+    assert broker.handle(1, MoreRoom(300, 200), 1.0) == [(2, Evacuate())]
