@@ -20,6 +20,7 @@ from acb.broker.journal import Journal, Suspended
 from acb.broker.migration import gpu_map
 from acb.devices.checkpoint import Outcome
 from acb.devices.checkpoint_probe import Probe
+from acb.devices.rooms import CONTEXT
 
 Op = Literal["suspend", "resume"]
 
@@ -90,12 +91,18 @@ class DriverTier:
         return 0.0 if self._done else self._helper.due()
 
     def suspend(self, client: int, pid: int, nbytes: int, needs: dict[str, int]) -> None:
-        """Have the process's memory moved, `nbytes` as the broker counts; `needs`: the same by UUID of the GPU."""
+        """Have the process's memory moved, `nbytes` as the broker counts; `needs`: the same by UUID of the GPU.
+
+        To these a context is added, which is not in them where NVML does not know the process.
+        """
         request = _Request("suspend", client, pid, nbytes)
-        self._journal.suspends(pid, Suspended(nbytes, needs))
+        claimed = {gpu: size + CONTEXT for gpu, size in needs.items()}
+        self._journal.suspends(pid, Suspended(nbytes, claimed))
         free = hostmemory.available_bytes()
         limit = None if free is None else max(0, free - hostmemory.RESERVE)
-        self._when_it_works(lambda: self._submit(request, "suspend", timeout=REST, host_free=limit), request)
+        self._when_it_works(
+            lambda: self._submit(request, "suspend", timeout=REST, host_free=limit, claimed=claimed), request
+        )
 
     def resume(self, client: int, pid: int, source: str = "", target: str = "") -> None:
         """Have it brought back, on the GPU `target` instead of `source`, by their UUIDs, if they are given: the room is

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from acb.devices.checkpoint import Checkpointer
@@ -29,6 +29,7 @@ class FakeDriver:
     gpus: Sequence[str] = (A, B)
     moved: dict[int, dict[str, str]] = field(default_factory=dict)
     """By process: on which GPU it is instead of another."""
+    during_checkpoint: Callable[[], object] = lambda: None
 
     def version(self) -> int:
         return self.cuda
@@ -50,6 +51,7 @@ class FakeDriver:
     def checkpoint(self, pid: int) -> None:
         self._call("checkpoint", pid)
         self._step("Checkpoint", pid, State.LOCKED, State.CHECKPOINTED)
+        self.during_checkpoint()
 
     def restore(self, pid: int, pairs: Sequence[tuple[str, str]] = ()) -> None:
         self._call("restore", pid, *pairs)
@@ -97,6 +99,9 @@ class FakeMemory:
         there = [pid for pid in self.held if self.driver.states.get(pid, State.RUNNING) != State.CHECKPOINTED]
         used = sum(self._sizes(pid).get(which, 0) + self.overhead * (which in self._sizes(pid)) for pid in there)
         return 80 * GIB - used - self.others.get(which, 0)
+
+    def most(self, which: str, /) -> int:
+        return 80 * GIB
 
     def processes(self, which: str, /) -> dict[int, int | None]:
         if self.silent:
@@ -150,11 +155,13 @@ def tier() -> Checkpointer:
     kind = {"hangs": HangingDriver, "crashes": CrashingDriver, "crashes once": CrashingOnceDriver}.get(
         scenario.get("kind", ""), FakeDriver
     )
-    driver = kind(fails=scenario.get("fails", {}), cuda=scenario.get("cuda", 13000))
+    driver = kind(fails=scenario.get("fails", {}), then=scenario.get("then", {}), cuda=scenario.get("cuda", 13000))
     held = {int(pid): sizes for pid, sizes in scenario.get("held", {}).items()}
     if scenario.get("noise"):
         print("the driver prints this on stdout", flush=True)
-    return Checkpointer(driver, FakeMemory(driver, held, others=scenario.get("others", {})))
+    return Checkpointer(
+        driver, FakeMemory(driver, held, **{k: scenario[k] for k in ("others", "knows_pids") if k in scenario})
+    )
 
 
 def real_calls() -> Checkpointer:
