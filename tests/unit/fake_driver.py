@@ -145,6 +145,35 @@ class CrashingDriver(FakeDriver):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class LosingDriver(FakeDriver):
+    """Takes its process with it, once; then the states are those of "afterwards", one a look, the last for good."""
+
+    def checkpoint(self, pid: int) -> None:
+        if os.path.exists(os.environ["CRASHED"]):
+            return super().checkpoint(pid)
+        with open(os.environ["CRASHED"], "w"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def state(self, pid: int) -> int:
+        afterwards = json.loads(os.environ["FAKE_DRIVER"])["afterwards"]
+        if os.path.exists(os.environ["CRASHED"]):
+            with open(os.environ["CRASHED"], "a+") as looks:
+                self.states[pid] = afterwards[min(looks.tell(), len(afterwards) - 1)]
+                looks.write(".")
+        return super().state(pid)
+
+
+class CrashingAtRestore(FakeDriver):
+    """Takes its process with it, always, and the program's memory is where it was."""
+
+    def restore(self, pid: int, pairs: Sequence[tuple[str, str]] = ()) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def state(self, pid: int) -> int:
+        self.states.setdefault(pid, State.CHECKPOINTED)
+        return super().state(pid)
+
+
 def tier() -> Checkpointer:
     """For the helper's process: what FAKE_DRIVER in the environment describes."""
     scenario = json.loads(os.environ.get("FAKE_DRIVER", "{}"))
@@ -152,9 +181,14 @@ def tier() -> Checkpointer:
         raise CudaUnavailable("there is no CUDA driver here")
     if scenario.get("hangs_at_start"):
         signal.pause()
-    kind = {"hangs": HangingDriver, "crashes": CrashingDriver, "crashes once": CrashingOnceDriver}.get(
-        scenario.get("kind", ""), FakeDriver
-    )
+    kinds = {
+        "hangs": HangingDriver,
+        "crashes": CrashingDriver,
+        "crashes once": CrashingOnceDriver,
+        "crashes at restore": CrashingAtRestore,
+        "loses": LosingDriver,
+    }
+    kind = kinds.get(scenario.get("kind", ""), FakeDriver)
     driver = kind(fails=scenario.get("fails", {}), then=scenario.get("then", {}), cuda=scenario.get("cuda", 13000))
     held = {int(pid): sizes for pid, sizes in scenario.get("held", {}).items()}
     if scenario.get("noise"):
