@@ -29,7 +29,7 @@ from acb.devices.checkpoint import Outcome
 from acb.devices.checkpoint_probe import Probe
 from acb.devices.rooms import CONTEXT
 
-Op = Literal["suspend", "resume"]
+Op = Literal["suspend", "resume", "find"]
 
 REST = 5.0
 """Seconds in which a process without a lease must come to rest: it should have no work queued at all."""
@@ -139,6 +139,10 @@ class DriverTier:
         self._revive()
         self._submit(request, "resume", needs=kept.needs, patience=ROOM, gpu_map=moves)
 
+    def find(self, client: int, pid: int, nbytes: int) -> None:
+        """Find out what the driver has of a process that a broker before this one may have suspended."""
+        self._submit(_Request("find", client, pid, nbytes, "it was not suspended after all"), "release")
+
     def done(self) -> list[Done]:
         """What has been answered since; does not wait."""
         while self._again and self._again[0][0] <= time.monotonic():
@@ -189,7 +193,7 @@ class DriverTier:
 
     def _take(self, request: _Request, outcome: Outcome) -> None:
         seconds = sum(outcome.seconds.values())
-        if request.unclear and request.op == "suspend":
+        if request.unclear and request.op != "resume":
             if outcome.state == "checkpointed":
                 self._end(request, "", seconds)
             elif outcome.state in ("running", "failed") or outcome.problem == "gone" or _unknown_to_cuda(outcome):
@@ -228,7 +232,9 @@ class DriverTier:
     def _end(
         self, request: _Request, problem: str, seconds: float = 0.0, lost: bool = False, kept: bool = False
     ) -> None:
-        if bool(problem) == (request.op == "suspend"):
+        note = self._journal.suspended(request.pid)
+        moved = request.op == "find" and note is not None and note.target  # and has still to hear of it
+        if bool(problem) == (request.op != "resume") and not moved:
             self._journal.resumed(request.pid)
         self._done.append(Done(request.client, request.op, problem, seconds, lost, kept))
 

@@ -161,6 +161,41 @@ def test_it_is_asked_for_and_brought_back_although_no_helper_was_to_be_started_a
     assert (back.op, back.problem) == ("resume", "")
 
 
+@pytest.mark.parametrize(
+    ("states", "problem"),
+    [([State.CHECKPOINTED], ""), ([State.CHECKPOINTING, State.CHECKPOINTED], ""), ([State.RUNNING], "after all")],
+)
+def test_what_a_broker_before_has_noted_is_asked_for(
+    make: Make, tmp_path: Path, states: list[int], problem: str
+) -> None:
+    (tmp_path / "crashed").touch()
+    it = make(states)
+    note = Suspended(3 * GIB, {A: 3 * GIB})
+    it.journal.suspends(PID, note)
+    it.tier.find(1, PID, 3 * GIB)
+    done = it.next()
+    if len(states) > 1:
+        assert done is None
+        done = it.ask_again()
+    assert done is not None
+    assert done.op == "find"
+    assert problem in done.problem
+    assert bool(done.problem) == bool(problem)
+    assert it.suspended() == (None if problem else note)
+
+
+def test_one_that_may_have_come_back_elsewhere_is_noted_until_it_has_heard_of_it(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "crashed").touch()
+    it = make([State.RUNNING])
+    note = Suspended(3 * GIB, {A: 3 * GIB}, "GPU-b")
+    it.journal.suspends(PID, note)
+    it.tier.find(1, PID, 3 * GIB)
+    done = it.next()
+    assert done is not None
+    assert done.problem
+    assert it.suspended() == note
+
+
 def test_a_restore_that_kills_the_helper_leaves_what_is_on_the_host_there(make: Make) -> None:
     it = make([], kind="crashes at restore")
     it.journal.suspends(PID, Suspended(3 * GIB, {A: 3 * GIB}))
