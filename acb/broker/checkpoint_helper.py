@@ -97,7 +97,7 @@ def answer(checkpointer: Checkpointer, packet: bytes) -> dict[str, Any]:
 def _suspend(checkpointer: Checkpointer, request: dict[str, Any]) -> dict[str, Any]:
     limit = request.get("host_free")
     return checkpointer.suspend(
-        int(request["pid"]), float(request["timeout"]), None if limit is None else int(limit)
+        int(request["pid"]), float(request["timeout"]), None if limit is None else int(limit), request.get("claimed")
     ).as_json()
 
 

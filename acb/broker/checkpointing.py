@@ -123,6 +123,10 @@ class Helper:
             due = self.due()
             self._epoll.poll(-1 if due is None else max(0.0, due - time.monotonic()))
 
+    def again(self) -> None:
+        """Forget why there was no helper: for what must be done, another start is tried."""
+        self.unavailable, self._deaths = "", 0
+
     def close(self) -> None:
         """Let the helper go: it ends when it has done what it is at. Unanswered requests stay so."""
         self._queue.clear()

@@ -26,11 +26,12 @@ from dataclasses import replace
 from typing import Any
 
 from acb.broker import invariants
+from acb.broker.doubts import Doubts
 from acb.broker.learning import Profile, Programs
 from acb.broker.policies import Policy
 from acb.broker.room import STEADY, Room
 from acb.broker.schedule import Scheduler
-from acb.broker.state import Client, Gpu, Send, Unit
+from acb.broker.state import Client, Found, Gpu, Send, Unit
 from acb.config import format_size
 from acb.protocol import (
     VERSION,
@@ -67,6 +68,7 @@ class Broker:
         self._out: list[Send] = []
         self._room = Room(policy, self._send)
         self.scheduler = Scheduler(gpus, self.clients, policy, self._room, self._send)
+        self._doubts = Doubts(self.clients, self._room, self._park)
         self._handlers: dict[type[Message], Callable[[Client, Any, float], None]] = {
             Request: self._request,
             Yield: self._yield,
@@ -92,16 +94,17 @@ class Broker:
 
     # --- events ----------------------------------------------------------------------------------------------------
 
-    def handle(self, client_id: int, message: Message, now: float) -> list[Send]:
+    def handle(self, client_id: int, message: Message, now: float, found: Found | None = None) -> list[Send]:
         """Take in a client's message and return what is to be sent.
 
-        A message that makes no sense is answered Refused.
+        A message that makes no sense is answered Refused. `found`: with a Hello, what a broker before this one has
+        noted that the driver may have of the client; see in_doubt().
         """
         self._log.append((now, client_id, message))
         client = self.clients.get(client_id)
         handler = self._handlers.get(type(message))
         if isinstance(message, Hello):
-            self._hello(client_id, message, now)
+            self._hello(client_id, message, now, found)
         elif client is None:
             self._send(client_id, Refused(f"a {message.type} message before the hello"))
         elif handler is not None:
@@ -140,15 +143,19 @@ class Broker:
         return self._finish(now)
 
     def suspended(self, client_id: int, problem: str, seconds: float, now: float) -> list[Send]:
-        """Answer to Suspend: the client's memory is on the host, '' being the problem; else it is where it was."""
+        """Answer to Suspend, or about a client in doubt: its memory is on the host, '' being the problem; else it is
+        where it was."""
         self._log.append((now, client_id, f"suspended {problem}"))
         client = self.clients.get(client_id)
-        if client is not None and client.suspending:
-            client.evacuating = client.suspending = False
-            client.driver_problem = problem
-            if not problem:
-                self._park(client, client.resident)
-                client.evacuation_seconds += max(0.0, seconds)
+        if client is not None and (client.suspending or client_id in self._doubts):
+            if client_id in self._doubts:
+                self._doubts.told(client, suspended=not problem)
+            else:
+                client.evacuating = client.suspending = False
+                client.driver_problem = problem
+                if not problem:
+                    self._park(client, client.resident)
+                    client.evacuation_seconds += max(0.0, seconds)
             self._room.cannot_move(client, client.unmovable)
             self.scheduler.requeue(client.unit, now)
             self.scheduler.touch(*client.gpus)
@@ -215,25 +222,25 @@ class Broker:
         unit.asked_at = asked_at
         self.scheduler.requeue(unit, now)
 
-    def found_suspended(self, client_id: int, nbytes: int, now: float, onto: str = "") -> list[Send]:
-        """A broker before this one had the driver move `nbytes` of the client's memory.
+    def in_doubt(self, client_id: int) -> bool:
+        """Whether it has to be asked what the driver has of the client; suspended() takes the answer."""
+        return client_id in self._doubts
 
-        `onto`: it was about to have them brought back on this GPU, by Resume.target, and may have.
-        """
-        client = self.clients.get(client_id)
-        if client is not None and client.gpus and not client.lease:
-            self._log.append((now, client_id, "found suspended"))
-            self._park(client, nbytes)
-            for gpu in self.gpus:
-                if onto and gpu.visible == onto and gpu not in client.gpus and client.unit.size == 1:
-                    self.scheduler.move(client, gpu)
-                    client.stays = True
-            self.scheduler.touch(*client.gpus)
-        return self._finish(now)
+    def _find(self, client: Client, found: Found) -> None:
+        """A broker before this one had the driver move its memory, or was about to."""
+        if not client.gpus or client.lease:
+            return
+        self._park(client, found.nbytes)
+        for gpu in self.gpus:
+            if found.onto and gpu.visible == found.onto and gpu not in client.gpus and client.unit.size == 1:
+                self.scheduler.move(client, gpu)
+                client.stays = True
+        self._doubts.begin(client)
 
     def _park(self, client: Client, nbytes: int) -> None:
         """The driver has so much of it on the host."""
         client.suspended, client.emptied, client.stays = True, False, False
+        client.evacuating = client.suspending = client.in_pieces = False
         self._room.suspended[client.id] = client
         client.parked = min(nbytes, min(gpu.capacity for gpu in client.gpus) - client.evacuated)
         client.evacuated += client.parked
@@ -263,6 +270,7 @@ class Broker:
                 for client in self.clients.values():
                     if client.lease:
                         self.scheduler.widen(client)
+            self._doubts.book(now)
             self.scheduler.run(now)
         out, self._out = self._out, []
         return out
@@ -273,7 +281,7 @@ class Broker:
 
     # --- coming and going ------------------------------------------------------------------------------------------
 
-    def _hello(self, client_id: int, hello: Hello, now: float) -> None:
+    def _hello(self, client_id: int, hello: Hello, now: float, found: Found | None) -> None:
         if hello.version != VERSION:
             self._send(
                 client_id,
@@ -305,6 +313,8 @@ class Broker:
             if hello.holding:
                 self.scheduler.resume(client, now, alone=not self.recovering)
                 self._narrow = True
+        if found is not None:
+            self._find(client, found)
         self.scheduler.touch(*client.gpus)
         self._send(client_id, Welcome(VERSION, client_id, lease=client.lease, stranded=client.stranded))
 
@@ -369,6 +379,7 @@ class Broker:
         self._room.settle(client)
         self._room.cannot_move(client, "")
         self._room.suspended.pop(client.id, None)
+        self._doubts.end(client)
         for gpu in gpus:
             gpu.holders.discard(client.id)
             gpu.bound.discard(client.id)

@@ -6,22 +6,30 @@
 
 Whether it works here is tried first, once, on a throw-away process. Who is suspended stands in the journal from before
 the driver is asked: should the broker die, the next one must know of programs that are stopped.
+
+A helper may die, or hang, in the middle of it. What has become of the process is then asked for until somebody knows:
+it may be stopped in the driver, and may have its memory on the GPU or on the host.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import os
+import time
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from acb import hostmemory
 from acb.broker.checkpointing import Helper
 from acb.broker.journal import Journal, Suspended
+from acb.broker.log import log
 from acb.broker.migration import gpu_map
 from acb.devices.checkpoint import Outcome
 from acb.devices.checkpoint_probe import Probe
+from acb.devices.rooms import CONTEXT
 
-Op = Literal["suspend", "resume"]
+Op = Literal["suspend", "resume", "find"]
 
 REST = 5.0
 """Seconds in which a process without a lease must come to rest: it should have no work queued at all."""
@@ -34,6 +42,13 @@ PROBE_DEADLINE = 120.0
 
 ROOM = 2.0
 """Seconds in which memory that others have given up must have become free."""
+
+PAUSE, LONGEST_PAUSE = 1.0, 60.0
+"""Seconds until a process whose state is not known is asked for again: the first time, doubled with each, and the most.
+"""
+
+REVIVAL = 10.0
+"""Seconds between two attempts to start a helper although several have died or there is no driver for it."""
 
 
 class Done(NamedTuple):
@@ -53,8 +68,10 @@ class _Request(NamedTuple):
     client: int
     pid: int
     nbytes: int
-    releasing: str = ""
-    """Why the helper's answer is to be found out by letting the process go."""
+    unclear: str = ""
+    """Why what has become of the process is to be found out, after a suspend by letting it go if it is only locked."""
+    tries: int = 0
+    """So often that has not told either."""
 
 
 class DriverTier:
@@ -78,6 +95,9 @@ class DriverTier:
         self._held_back: list[Callable[[], None]] = []
         self._requests: dict[int, _Request] = {}
         self._done: list[Done] = []
+        self._again: list[tuple[float, int, _Request]] = []
+        self._order = itertools.count()
+        self._revive_at = 0.0
         self.unavailable = ""
         """Why there is no driver tier here, once that is known."""
 
@@ -87,15 +107,22 @@ class DriverTier:
 
     def due(self) -> float | None:
         """When done() has to be called all the same, on time.monotonic()'s clock; None: not."""
-        return 0.0 if self._done else self._helper.due()
+        moments = [self._helper.due(), self._again[0][0] if self._again else None]
+        return 0.0 if self._done else min((moment for moment in moments if moment is not None), default=None)
 
     def suspend(self, client: int, pid: int, nbytes: int, needs: dict[str, int]) -> None:
-        """Have the process's memory moved, `nbytes` as the broker counts; `needs`: the same by UUID of the GPU."""
+        """Have the process's memory moved, `nbytes` as the broker counts; `needs`: the same by UUID of the GPU.
+
+        To these a context is added, which is not in them where NVML does not know the process.
+        """
         request = _Request("suspend", client, pid, nbytes)
-        self._journal.suspends(pid, Suspended(nbytes, needs))
+        claimed = {gpu: size + CONTEXT for gpu, size in needs.items()}
+        self._journal.suspends(pid, Suspended(nbytes, claimed))
         free = hostmemory.available_bytes()
         limit = None if free is None else max(0, free - hostmemory.RESERVE)
-        self._when_it_works(lambda: self._submit(request, "suspend", timeout=REST, host_free=limit), request)
+        self._when_it_works(
+            lambda: self._submit(request, "suspend", timeout=REST, host_free=limit, claimed=claimed), request
+        )
 
     def resume(self, client: int, pid: int, source: str = "", target: str = "") -> None:
         """Have it brought back, on the GPU `target` instead of `source`, by their UUIDs, if they are given: the room is
@@ -109,15 +136,26 @@ class DriverTier:
             moves = gpu_map(kept.needs, source, target)
             self._journal.suspends(pid, kept._replace(target=target))
         request = _Request("resume", client, pid, kept.nbytes)
+        self._revive()
         self._submit(request, "resume", needs=kept.needs, patience=ROOM, gpu_map=moves)
+
+    def find(self, client: int, pid: int, nbytes: int) -> None:
+        """Find out what the driver has of a process that a broker before this one may have suspended."""
+        self._submit(_Request("find", client, pid, nbytes, "it was not suspended after all"), "release")
 
     def done(self) -> list[Done]:
         """What has been answered since; does not wait."""
+        while self._again and self._again[0][0] <= time.monotonic():
+            request = heapq.heappop(self._again)[2]
+            self._revive()
+            self._submit(request, "release")
         for answer in self._helper.receive():
             if isinstance(answer.result, Probe):
                 self._probed(answer.result)
             else:
                 self._take(self._requests.pop(answer.ticket), answer.result)
+        if self._helper.unavailable and self._works is not False:
+            self._works, self.unavailable = False, self._helper.unavailable
         found, self._done = self._done, []
         return found
 
@@ -147,11 +185,21 @@ class DriverTier:
         deadline = DEADLINE + request.nbytes / RATE
         self._requests[self._helper.submit(op, request.pid, deadline=deadline, **arguments)] = request
 
+    def _revive(self) -> None:
+        """Where no helper was to be started any more, start one all the same: nothing else brings a process back."""
+        if self._helper.unavailable and time.monotonic() >= self._revive_at:
+            self._revive_at = time.monotonic() + REVIVAL
+            self._helper.again()
+
     def _take(self, request: _Request, outcome: Outcome) -> None:
         seconds = sum(outcome.seconds.values())
-        if request.releasing:
-            suspended = outcome.state == "checkpointed"
-            self._end(request, "" if suspended else request.releasing, seconds)
+        if request.unclear and request.op != "resume":
+            if outcome.state == "checkpointed":
+                self._end(request, "", seconds)
+            elif outcome.state in ("running", "failed") or outcome.problem == "gone" or _unknown_to_cuda(outcome):
+                self._end(request, request.unclear, seconds)
+            else:
+                self._ask_again(request, outcome)
         elif request.op == "suspend":
             if outcome.done:
                 kept = self._journal.suspended(request.pid)
@@ -159,11 +207,15 @@ class DriverTier:
                     request.pid, Suspended(request.nbytes, outcome.moved or (kept.needs if kept else {}))
                 )
                 self._end(request, "", seconds)
-            elif outcome.state in ("running", "failed") or outcome.problem in ("gone", "foreign", "unsupported"):
+            elif outcome.state in ("running", "failed") or outcome.problem == "gone" or _untouched(outcome):
                 self._end(request, outcome.reason, seconds)
             else:  # what state it is in is to be found out; if it is only locked, let it go
-                self._submit(request._replace(releasing=outcome.reason), "release")
+                self._submit(request._replace(unclear=outcome.reason), "release")
+        elif outcome.problem == "helper" and not request.unclear:
+            self._submit(request._replace(unclear=outcome.reason), "state")
         else:
+            if request.unclear:
+                outcome.fail(outcome.problem, request.unclear)
             lost = outcome.state == "failed" or outcome.problem == "gone"
             stays = not outcome.done and outcome.state == "checkpointed"
             kept = self._journal.suspended(request.pid)
@@ -171,9 +223,29 @@ class DriverTier:
                 self._journal.suspends(request.pid, kept._replace(target=""))
             self._end(request, "" if outcome.done else outcome.reason or "unknown", seconds, lost, stays)
 
+    def _ask_again(self, request: _Request, outcome: Outcome) -> None:
+        if not request.tries:
+            log(f"process {request.pid} may be stopped in the driver, which is asked until it says: {outcome.reason}")
+        due = time.monotonic() + min(LONGEST_PAUSE, PAUSE * 2 ** min(request.tries, 16))
+        heapq.heappush(self._again, (due, next(self._order), request._replace(tries=request.tries + 1)))
+
     def _end(
         self, request: _Request, problem: str, seconds: float = 0.0, lost: bool = False, kept: bool = False
     ) -> None:
-        if bool(problem) == (request.op == "suspend"):
+        note = self._journal.suspended(request.pid)
+        moved = request.op == "find" and note is not None and note.target  # and has still to hear of it
+        if bool(problem) == (request.op != "resume") and not moved:
             self._journal.resumed(request.pid)
         self._done.append(Done(request.client, request.op, problem, seconds, lost, kept))
+
+
+def _untouched(outcome: Outcome) -> bool:
+    """Whether the attempt to suspend has ended before the driver was asked for anything but the process's state."""
+    return (
+        outcome.state == "unknown" and outcome.problem != "helper" and not {"lock", "checkpoint"} & set(outcome.seconds)
+    )
+
+
+def _unknown_to_cuda(outcome: Outcome) -> bool:
+    """Whether the driver says that it is no process of CUDA's, which cannot be stopped there either."""
+    return outcome.state == "unknown" and outcome.problem == "foreign"

@@ -27,7 +27,7 @@ from acb.broker.log import log, log_event
 from acb.broker.meter import Meter
 from acb.broker.metrics import Metrics
 from acb.broker.policies import POLICIES
-from acb.broker.state import Resume, Suspend
+from acb.broker.state import Found, Resume, Suspend
 from acb.broker.stopped import Stopped, words
 from acb.protocol import (
     MAX_PACKET,
@@ -35,6 +35,7 @@ from acb.protocol import (
     AskStop,
     Evacuated,
     Goodbye,
+    Grant,
     Hello,
     Holds,
     Message,
@@ -215,9 +216,9 @@ class Server:
         """Tell the core what the driver has done; does not wait."""
         for done in driver.done():
             client = self._core.clients.get(done.client)
-            if done.problem and client is not None:
+            if done.problem and client is not None and done.op != "find":
                 log(f"process {client.pid} cannot be {done.op}{'d' if done.op == 'resume' else 'ed'}: {done.problem}")
-            if done.op == "suspend":
+            if done.op != "resume":
                 self._deliver(self._core.suspended(done.client, done.problem, done.seconds, time.monotonic()))
             else:
                 now = time.monotonic()
@@ -373,23 +374,26 @@ class Server:
         elif isinstance(message, Pong):
             self._liveness.answered(connection.id)
         else:
+            kept = None
             if isinstance(message, Hello):
                 self._finish_former(connection)
                 # What the kernel says counts, also where the peer lives in another pid namespace.
                 name, program = report.printable(message.name[:NAME_LENGTH]), message.program[-PROGRAM_LENGTH:]
                 message = replace(message, pid=connection.pid, name=name, program=program)
+                kept = self._journal.suspended(connection.pid) if self._driver is not None else None
             else:
                 message = self._corrected(connection, message)
-            self._deliver(self._core.handle(connection.id, message, time.monotonic()))
+            found = Found(kept.nbytes, kept.target) if kept is not None else None
+            self._deliver(self._core.handle(connection.id, message, time.monotonic(), found))
             self._metrics.received(message)
             if isinstance(message, Hello) and connection.id in self._core.clients:
                 self._journal.came(connection.pid)
                 if stranded := self._core.clients[connection.id].stranded:
                     log(stranded)
-                kept = self._journal.suspended(connection.pid)
-                if kept is not None and self._driver is not None:
-                    now = time.monotonic()
-                    self._deliver(self._core.found_suspended(connection.id, kept.nbytes, now, kept.target))
+                if kept is not None and self._driver is not None and self._core.in_doubt(connection.id):
+                    self._driver.find(connection.id, connection.pid, kept.nbytes)
+                elif self._core.clients[connection.id].lease:
+                    self._journal.resumed(connection.pid)  # it runs
 
     def _held(self) -> dict[int, int]:
         """Bytes that clients, by id, have on the GPU now, as far as the devices say: the books lag behind a holder."""
@@ -430,6 +434,8 @@ class Server:
             if self._driver is not None and isinstance(send.message, (Suspend, Resume)):
                 self._drive(self._driver, connection, send.message)
                 continue
+            if isinstance(send.message, Grant):
+                self._journal.resumed(connection.pid)  # whatever was noted is over
             sent = connection.send(send.message)
             client = self._core.clients.get(send.client)
             self._metrics.sent(send.message, client.granted_at - client.asked_at if client else 0.0)

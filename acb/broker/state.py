@@ -40,6 +40,16 @@ class Resume(Message):
     target: str = ""
 
 
+class Found(NamedTuple):
+    """What a broker before has noted of a process: the driver has moved `nbytes` of it, or was about to.
+
+    `onto`: it was about to have them brought back on this GPU, by Resume.target, and may have.
+    """
+
+    nbytes: int
+    onto: str = ""
+
+
 @dataclass(slots=True, eq=False)
 class Gpu:
     """A GPU as the core sees it. `capacity` in bytes; `slots`: how many units may run at once."""

@@ -103,11 +103,15 @@ class Checkpointer:
             outcome.done = True
         return outcome
 
-    def suspend(self, pid: int, timeout: float, host_free: int | None = None) -> Outcome:
+    def suspend(
+        self, pid: int, timeout: float, host_free: int | None = None, claimed: Mapping[str, int] | None = None
+    ) -> Outcome:
         """Wait up to `timeout` seconds for the process to come to rest, then move its memory to the host.
 
         It is stopped at its next CUDA call until resume(). `host_free`: bytes that its host memory can still take; more
-        is not begun. When it is not done, the process runs on, unless `state` says otherwise.
+        is not begun. `claimed`: bytes by UUID of the GPU that a restore needs at most, which counts where NVML does not
+        know the process (None: what has become free does). When it is not done, the process runs on, unless `state`
+        says otherwise.
         """
         outcome = Outcome("suspend", pid)
         state = self._begin(outcome)
@@ -118,8 +122,9 @@ class Checkpointer:
         if state not in (State.RUNNING, State.LOCKED):
             return outcome.fail("state", _in_state(pid, state))
         held, free = self._rooms.held(pid), self._rooms.free()
-        if host_free is not None and sum(held.values()) > host_free:
-            words = f"{format_size(sum(held.values()))} of process {pid} do not fit into host memory"
+        leaving = sum((held or claimed or {}).values())
+        if host_free is not None and leaving > host_free:
+            words = f"{format_size(leaving)} of process {pid} do not fit into host memory"
             return outcome.fail("memory", f"{words}, of which {format_size(max(0, host_free))} are available")
         if state == State.RUNNING and not self._lock(outcome, timeout):
             return outcome
@@ -128,7 +133,7 @@ class Checkpointer:
             return outcome
         self._ask_state(outcome)
         outcome.done = True
-        outcome.moved = self._rooms.won(held, free)
+        outcome.moved = self._rooms.won(held, free, claimed)
         started = start_time(pid)
         if started is not None:
             self._needs[pid, started] = outcome.moved

@@ -127,6 +127,16 @@ class Nvml:
         except self._pynvml.NVMLError as error:
             _gone(which, error)
 
+    def most(self, which: int | str) -> int:
+        """Bytes that are free when nobody holds any: the driver keeps some for itself. Raises NvmlError as free()."""
+        handle = self._handle(which)
+        later = self._ask("nvmlDeviceGetMemoryInfo", handle, getattr(self._pynvml, "nvmlMemory_v2", None))
+        try:
+            known = later if hasattr(later, "reserved") else self._pynvml.nvmlDeviceGetMemoryInfo(handle)
+        except self._pynvml.NVMLError as error:
+            _gone(which, error)
+        return int(known.total) - int(getattr(known, "reserved", 0))
+
     def processes(self, which: int | str) -> dict[int, int | None]:
         """Bytes that each process holds on it, by process id; None: the driver does not say how many.
 

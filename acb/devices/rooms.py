@@ -13,6 +13,9 @@ from acb.devices.nvml import NvmlError
 OVERHEAD = 512 << 20
 """Bytes a GPU: more than a context takes beyond what the driver accounts to its process."""
 
+CONTEXT = 1 << 30
+"""Bytes a GPU: more than a context with its libraries takes, none of which a program counts itself."""
+
 POLL = 0.02
 """Seconds between two looks at how much of a GPU is free."""
 
@@ -21,10 +24,13 @@ SETTLE = 0.5
 
 
 class Memory(Protocol):
-    """What NVML says of a GPU; acb.devices.nvml.Nvml is one. Both raise NvmlError when it does not answer."""
+    """What NVML says of a GPU; acb.devices.nvml.Nvml is one. All raise NvmlError when it does not answer."""
 
     def free(self, which: str, /) -> int:
         """Bytes that nobody holds on the GPU of this UUID."""
+
+    def most(self, which: str, /) -> int:
+        """Bytes that are free when nobody holds any."""
 
     def processes(self, which: str, /) -> Mapping[int, int | None]:
         """Bytes that each process holds on it; None: not known."""
@@ -56,8 +62,16 @@ class Rooms:
                     found[uuid] = nbytes
         return found
 
-    def won(self, held: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
-        """moved(), since free() gave `before`; waits a moment if nothing has moved yet."""
+    def won(
+        self, held: Mapping[str, int], before: Mapping[str, int], claimed: Mapping[str, int] | None = None
+    ) -> dict[str, int]:
+        """What a restore will need again: moved(), since free() gave `before`; waits a moment if nothing has moved yet.
+
+        Where the driver does not know the process, it is what is `claimed`: others' memory comes and goes, and with too
+        little a restore would cost the process.
+        """
+        if not held and claimed is not None:
+            return dict(claimed)
         deadline = time.monotonic() + SETTLE
         while True:
             found = moved(held, before, self.free())
@@ -80,7 +94,7 @@ class Rooms:
         if not needs:
             return "nobody knows how much memory it needs"
         if free is None and self._memory is not None:
-            free = self._memory.free
+            free, needs = self._memory.free, self._at_most(needs, gpu_map)
         if free is None:
             return "nobody knows how much is free"
         deadline = clock() + patience
@@ -89,6 +103,16 @@ class Rooms:
             if not short or clock() >= deadline:
                 return short
             time.sleep(POLL)
+
+    def _at_most(self, needs: Mapping[str, int], gpu_map: Mapping[str, str]) -> dict[str, int]:
+        """The same, but not more than an empty GPU has: the overhead in them is an upper bound."""
+        found = dict(needs)
+        for uuid, memory in self._each():
+            for source, nbytes in needs.items():
+                if gpu_map.get(source, source) == uuid:
+                    with contextlib.suppress(NvmlError):
+                        found[source] = min(nbytes, memory.most(uuid))
+        return found
 
     def _each(self) -> Iterator[tuple[str, Memory]]:
         if self._memory is not None:
@@ -113,7 +137,8 @@ def moved(held: Mapping[str, int], before: Mapping[str, int], after: Mapping[str
     """How much room each GPU has won between two looks at free(), which is what a restore will need again.
 
     What the driver accounts to the process, and what is free beyond that, as far as a context explains it: others may
-    have freed memory at the same time. Where the driver does not know the process, all that has become free.
+    have freed memory at the same time. Where the driver does not know the process, all that has become free, which is
+    only right while nobody else uses the GPU.
     """
     found = {}
     for uuid, then in before.items():

@@ -102,6 +102,10 @@ class SimulatedDriver:
         card = self._cards[which]
         return max(0, card.capacity - card.used())
 
+    def most(self, which: str) -> int:
+        """See Memory."""
+        return self._cards[which].capacity
+
     def processes(self, which: str) -> Mapping[int, int | None]:
         """See Memory."""
         return dict(self._cards[which].processes())

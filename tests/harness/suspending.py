@@ -5,6 +5,7 @@ For simulated GPUs, whose driver is simulated, and for real ones.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 
@@ -87,6 +88,38 @@ def the_next_broker_resumes_what_the_one_before_has_suspended(site: Site) -> Non
         assert program.finish() == 0, program.errors
 
 
+def what_was_noted_before_the_driver_was_asked_is_not_believed(site: Site) -> None:
+    """The broker dies before its helper has done anything: the program's memory is still on the GPU."""
+    site.start("1x64MiB", "--driver-tier", "on")
+    held, other = site.program(ACB_GPU_MEMORY=str(40 * site.unit)), site.program()
+    held.do("enter")
+    held.do("add", "model", 40 * site.unit)
+    held.do("leave")
+    beside = site.program(ACB_GPU_MEMORY=str(10 * site.unit))
+    beside.do("enter")
+    beside.do("leave")
+    assert beside.finish() == 0
+    assert site.client(held)["state"] == "resident"
+    site.kill_broker(signal.SIGKILL)
+    note = site.socket.with_suffix(".journal")
+    written = json.loads(note.read_text())
+    written["suspended"] = {held.pid: [40 * site.unit, {"0": 40 * site.unit}]}
+    note.write_text(json.dumps(written))
+    site.start("1x64MiB", "--driver-tier", "on")
+    other.do("enter")
+    assert not suspended(site, held)
+    other.do("add", "model", 50 * site.unit)  # more than is left beside the first
+    assert site.used() <= 50 * site.unit + site.slack
+    assert json.loads(note.read_text())["suspended"] == {}
+    other.do("leave")
+    held.do("enter")
+    held.do("operate")
+    held.do("leave")
+    assert site.violations() == []
+    for program in (held, other):
+        assert program.finish() == 0, program.errors
+
+
 def a_helper_that_is_killed_is_replaced(site: Site) -> None:
     broker = site.start("1x64MiB", "--driver-tier", "on")
     held, other = immovable(site), site.program()
@@ -108,5 +141,6 @@ SCENES = [
     programs_that_only_the_driver_can_move_take_turns,
     a_suspended_program_that_is_killed_leaves_nothing,
     the_next_broker_resumes_what_the_one_before_has_suspended,
+    what_was_noted_before_the_driver_was_asked_is_not_believed,
     a_helper_that_is_killed_is_replaced,
 ]

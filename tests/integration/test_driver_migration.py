@@ -15,6 +15,7 @@ import pytest
 from acb.broker.drivertier import Done, DriverTier
 from acb.broker.journal import Journal, Suspended
 from acb.cli.gpu_assigner.pool import Pool
+from acb.devices.rooms import CONTEXT
 
 UNIT = Path(__file__).resolve().parents[1] / "unit"  # where the fake driver lies
 sys.path.insert(0, str(UNIT))
@@ -128,6 +129,13 @@ def test_one_of_which_nobody_knows_is_still_on_its_way(make: Make) -> None:
     assert json.loads((it.path.parent / "crashed").read_text()) == [[A, B]]
     assert it.resume(A, B).problem == ""  # it was there already, and only locked
     assert it.written() is None
+
+
+def test_where_nvml_does_not_know_it_what_the_broker_counts_and_a_context_is_needed(make: Make) -> None:
+    it = make(knows_pids=False, others={A: 78 * GIB - GIB})
+    it.suspend()
+    assert it.written() == Suspended(3 * GIB, {A: 3 * GIB + CONTEXT})
+    assert "4GiB" in it.resume().problem
 
 
 def test_a_journal_of_before_has_no_target(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from acb.devices.checkpoint import Checkpointer
@@ -29,6 +29,7 @@ class FakeDriver:
     gpus: Sequence[str] = (A, B)
     moved: dict[int, dict[str, str]] = field(default_factory=dict)
     """By process: on which GPU it is instead of another."""
+    during_checkpoint: Callable[[], object] = lambda: None
 
     def version(self) -> int:
         return self.cuda
@@ -50,6 +51,7 @@ class FakeDriver:
     def checkpoint(self, pid: int) -> None:
         self._call("checkpoint", pid)
         self._step("Checkpoint", pid, State.LOCKED, State.CHECKPOINTED)
+        self.during_checkpoint()
 
     def restore(self, pid: int, pairs: Sequence[tuple[str, str]] = ()) -> None:
         self._call("restore", pid, *pairs)
@@ -98,6 +100,9 @@ class FakeMemory:
         used = sum(self._sizes(pid).get(which, 0) + self.overhead * (which in self._sizes(pid)) for pid in there)
         return 80 * GIB - used - self.others.get(which, 0)
 
+    def most(self, which: str, /) -> int:
+        return 80 * GIB
+
     def processes(self, which: str, /) -> dict[int, int | None]:
         if self.silent:
             raise NvmlError(f"GPU {which} does not answer")
@@ -140,6 +145,35 @@ class CrashingDriver(FakeDriver):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class LosingDriver(FakeDriver):
+    """Takes its process with it, once; then the states are those of "afterwards", one a look, the last for good."""
+
+    def checkpoint(self, pid: int) -> None:
+        if os.path.exists(os.environ["CRASHED"]):
+            return super().checkpoint(pid)
+        with open(os.environ["CRASHED"], "w"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def state(self, pid: int) -> int:
+        afterwards = json.loads(os.environ["FAKE_DRIVER"])["afterwards"]
+        if os.path.exists(os.environ["CRASHED"]):
+            with open(os.environ["CRASHED"], "a+") as looks:
+                self.states[pid] = afterwards[min(looks.tell(), len(afterwards) - 1)]
+                looks.write(".")
+        return super().state(pid)
+
+
+class CrashingAtRestore(FakeDriver):
+    """Takes its process with it, always, and the program's memory is where it was."""
+
+    def restore(self, pid: int, pairs: Sequence[tuple[str, str]] = ()) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def state(self, pid: int) -> int:
+        self.states.setdefault(pid, State.CHECKPOINTED)
+        return super().state(pid)
+
+
 def tier() -> Checkpointer:
     """For the helper's process: what FAKE_DRIVER in the environment describes."""
     scenario = json.loads(os.environ.get("FAKE_DRIVER", "{}"))
@@ -147,14 +181,21 @@ def tier() -> Checkpointer:
         raise CudaUnavailable("there is no CUDA driver here")
     if scenario.get("hangs_at_start"):
         signal.pause()
-    kind = {"hangs": HangingDriver, "crashes": CrashingDriver, "crashes once": CrashingOnceDriver}.get(
-        scenario.get("kind", ""), FakeDriver
-    )
-    driver = kind(fails=scenario.get("fails", {}), cuda=scenario.get("cuda", 13000))
+    kinds = {
+        "hangs": HangingDriver,
+        "crashes": CrashingDriver,
+        "crashes once": CrashingOnceDriver,
+        "crashes at restore": CrashingAtRestore,
+        "loses": LosingDriver,
+    }
+    kind = kinds.get(scenario.get("kind", ""), FakeDriver)
+    driver = kind(fails=scenario.get("fails", {}), then=scenario.get("then", {}), cuda=scenario.get("cuda", 13000))
     held = {int(pid): sizes for pid, sizes in scenario.get("held", {}).items()}
     if scenario.get("noise"):
         print("the driver prints this on stdout", flush=True)
-    return Checkpointer(driver, FakeMemory(driver, held, others=scenario.get("others", {})))
+    return Checkpointer(
+        driver, FakeMemory(driver, held, **{k: scenario[k] for k in ("others", "knows_pids") if k in scenario})
+    )
 
 
 def real_calls() -> Checkpointer:

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from acb.broker.core import Broker, Client, Gpu
 from acb.broker.policies import POLICIES
-from acb.broker.state import Resume, Suspend
+from acb.broker.state import Found, Resume, Send, Suspend
 from acb.protocol import (
     VERSION,
     Evacuate,
@@ -53,6 +53,7 @@ class Program:
         self.following = False
         self.onto = ""  # the GPU on which the driver is bringing its memory back, another than before
         self.moved = False  # its memory is back on another GPU, which it has not heard of
+        self.doubt = ""  # what the driver had begun when the broker died, and has not told the next one
 
     @property
     def free(self) -> bool:
@@ -63,13 +64,20 @@ class Program:
     def movable(self) -> bool:
         """Whether the driver may move it: it has memory on the GPU, and nobody else is at it."""
         return bool(self.resident) and not (
-            self.lease or self.waiting or self.evacuate or self.suspend or self.resume or self.parked
+            self.lease or self.waiting or self.evacuate or self.suspend or self.resume or self.parked or self.doubt
         )
 
     @property
     def ready(self) -> bool:
         """Whether it is its turn to do something."""
-        if self.refused or self.waiting or self.suspend or self.resume or self.room_asked != self.room_answers:
+        if (
+            self.refused
+            or self.waiting
+            or self.suspend
+            or self.doubt
+            or self.resume
+            or self.room_asked != self.room_answers
+        ):
             return self.evacuate
         return not self.following
 
@@ -78,6 +86,8 @@ class Program:
             assert self.waiting
             assert not self.lease
             assert not self.evacuate
+            assert not self.doubt
+            assert not self.parked, "it is still stopped"
             gpus = tuple(map(int, message.gpus.split(","))) if message.gpus else (message.gpu,)
             assert self.moved or self.gpus in ((), gpus), "it was moved to other GPUs"
             assert not self.moved or self.gpus != gpus
@@ -96,14 +106,17 @@ class Program:
             self.revoked = False
         elif isinstance(message, Evacuate):
             assert not self.lease
+            assert not self.parked, "the driver has its memory"
             self.evacuate = True
         elif isinstance(message, Suspend):
             assert not self.lease
             assert not self.parked
+            assert not self.doubt
             self.suspend = True
         elif isinstance(message, Resume):
             assert self.waiting
             assert self.parked
+            assert not self.doubt
             assert not message.source or (int(message.source),) == self.gpus
             assert self.onto in ("", message.target), "nobody knows whether it is there already"
             self.resume, self.onto = True, message.target
@@ -113,6 +126,13 @@ class Program:
             self.refused, self.waiting = True, False
         else:
             assert isinstance(message, Welcome)
+
+
+def suspend(broker: Broker, client: int, now: float) -> list[Send]:
+    """As if the driver had been asked to move its memory, and has."""
+    view = broker.clients[client]
+    view.evacuating = view.suspending = True
+    return broker.suspended(client, "", 0.0, now)
 
 
 def some(flag: str):
@@ -182,7 +202,7 @@ class Histories(RuleBasedStateMachine):
     def find_suspended(self, client: int, program: Program) -> None:
         program.parked, program.resident = program.resident, 0
         self.now += 0.001
-        self.deliver(self.broker.found_suspended(client, program.parked, self.now))
+        self.deliver(suspend(self.broker, client, self.now))
 
     @rule(
         size=st.integers(0, CAPACITY),
@@ -301,6 +321,23 @@ class Histories(RuleBasedStateMachine):
             lost, kept = problem == "lost", problem == "room"
             self.deliver(self.broker.resumed(client, problem, self.now, lost=lost, kept=kept))
 
+    @some("doubt")
+    @rule(data=st.data(), done=st.booleans())
+    def driver_tells(self, data: st.DataObject, done: bool) -> None:
+        """What has become of what it had begun for the broker before."""
+        if found := self.pick(data, lambda p: bool(p.doubt)):
+            self.clear_up(*found, done)
+
+    def clear_up(self, client: int, program: Program, done: bool) -> None:
+        if program.doubt == "suspending" and done:
+            program.parked, program.resident = program.resident, 0
+        elif program.doubt == "resuming" and done:
+            program.resident, program.parked = program.resident + program.parked, 0
+            program.moved = bool(program.onto)
+        program.doubt = ""
+        self.now += 0.001
+        self.deliver(self.broker.suspended(client, "" if program.parked else "it runs", 0.0, self.now))
+
     @precondition(lambda self: self.driver)
     @some("resident")
     @rule(data=st.data(), asks=st.booleans())
@@ -315,7 +352,7 @@ class Histories(RuleBasedStateMachine):
     @rule(data=st.data(), asks=st.booleans())
     def blocked(self, data: st.DataObject, asks: bool) -> None:
         """A program is stopped in the driver, and cannot ask; or it seemed so, and does."""
-        if found := self.pick(data, lambda p: p.parked and not (p.lease or p.refused)):
+        if found := self.pick(data, lambda p: p.parked and not (p.lease or p.refused or p.doubt)):
             client, program = found
             program.waiting = True
             self.now += 0.001
@@ -365,7 +402,9 @@ class Histories(RuleBasedStateMachine):
     @rule(data=st.data(), truth=st.integers(0, CAPACITY))
     def observe(self, data: st.DataObject, truth: int) -> None:
         """The device says that a program has lied."""
-        if found := self.pick(data, lambda p: not (p.lease or p.evacuate or p.suspend or p.parked) and p.gpus):
+        if found := self.pick(
+            data, lambda p: not (p.lease or p.evacuate or p.suspend or p.parked or p.doubt) and p.gpus
+        ):
             self.now += 0.001
             self.deliver(self.broker.observed(found[0], truth, self.now))
             found[1].resident = self.broker.clients[found[0]].resident
@@ -390,6 +429,8 @@ class Histories(RuleBasedStateMachine):
         """All tell the next one what they hold, in any order; some die before that."""
         if not data.draw(st.sampled_from([False, False, True])):
             return
+        if any(program.moved and program.parked for program in self.programs.values()):
+            return  # the second broker that dies before it has heard where it is: nobody notes so much
         self.broker = self.make()
         self.broker.recover({1000 + client for client in self.programs})
         for client in data.draw(st.permutations(sorted(self.programs))):
@@ -398,9 +439,14 @@ class Histories(RuleBasedStateMachine):
                 del self.programs[client]
                 self.deliver(self.broker.recovered({1000 + client}, self.now))
                 continue
-            program.evacuate = program.revoked = program.resume = program.following = False
-            if program.suspend:  # nobody waits for the driver's answer any more; it has done it
-                program.parked, program.resident, program.suspend = program.resident, 0, False
+            note = None
+            if program.suspend or program.resume or program.parked or program.moved or program.doubt:
+                under_way = (
+                    "suspending" if program.suspend else "resuming" if program.resume or program.onto else "done"
+                )
+                program.doubt = program.doubt or under_way
+                note = Found(program.resident + program.parked, program.onto)
+            program.evacuate = program.revoked = program.suspend = program.resume = program.following = False
             program.room_asked = program.room_answers = 0
             gpu = -1
             if program.gpus:
@@ -415,13 +461,12 @@ class Histories(RuleBasedStateMachine):
                 peak=program.peak,
             )
             self.now += 0.001
-            sends = self.broker.handle(client, hello, self.now)
+            sends = self.broker.handle(client, hello, self.now, note)
             [welcome] = [m for c, m in sends if c == client and isinstance(m, Welcome)]
             if program.lease and not welcome.lease:
                 program.lease, program.waiting, program.restoring = False, False, False
             self.deliver([send for send in sends if send.message is not welcome])
-            if program.parked:
-                self.deliver(self.broker.found_suspended(client, program.parked, self.now, program.onto))
+            program.doubt = program.doubt if self.broker.in_doubt(client) else ""
         for client, program in list(self.programs.items()):
             if program.waiting:
                 self.tell(client, Request())
@@ -461,7 +506,9 @@ class Histories(RuleBasedStateMachine):
                 break
             self.wait(1.0)
             for client, program in list(self.programs.items()):
-                if program.suspend:
+                if program.doubt:
+                    self.clear_up(client, program, True)
+                elif program.suspend:
                     program.suspend, program.parked, program.resident = False, program.resident, 0
                     self.deliver(self.broker.suspended(client, "", 0.1, self.now))
                 elif program.resume:

@@ -303,6 +303,35 @@ def test_what_a_restore_will_need(held: dict[str, int], freed: int, expected: in
     assert moved(held, {A: 0}, {A: freed}).get(A) == expected
 
 
+@pytest.mark.parametrize("others", [30 * GIB, -4 * GIB], ids=["another one has gone", "another one has grown"])
+def test_in_a_container_what_is_claimed_counts_whatever_others_do_meanwhile(others: int) -> None:
+    it = tier(nbytes=5 * GIB)
+    it.memory.knows_pids, it.memory.others[A] = False, 40 * GIB
+    it.driver.during_checkpoint = lambda: it.memory.others.update({A: 40 * GIB - others})
+    out = it.checkpointer.suspend(PID, 5.0, claimed={A: 6 * GIB})
+    assert out.moved == {A: 6 * GIB}
+    it.memory.others[A] = 75 * GIB
+    short = it.checkpointer.resume(PID, out.moved)
+    assert (short.done, short.problem) == (False, "room")
+    assert "restore" not in it.driver.made()
+    it.memory.others[A] = 74 * GIB
+    assert it.checkpointer.resume(PID, out.moved).done
+
+
+def test_what_is_claimed_counts_for_the_host_too() -> None:
+    it = tier()
+    it.memory.knows_pids = False
+    out = it.checkpointer.suspend(PID, 5.0, 40 * GIB, {A: 41 * GIB})
+    assert (out.done, out.problem) == (False, "memory")
+
+
+def test_no_claim_is_larger_than_an_empty_gpu() -> None:
+    it = tier(nbytes=80 * GIB)
+    it.memory.knows_pids = False
+    out = it.checkpointer.suspend(PID, 5.0, claimed={A: 81 * GIB})
+    assert it.checkpointer.resume(PID, out.moved).done
+
+
 def test_in_a_container_what_becomes_free_is_what_it_held() -> None:
     it = tier()
     it.memory.knows_pids = False

@@ -7,7 +7,7 @@ import pytest
 from acb.broker.core import Broker, Gpu
 from acb.broker.policies import POLICIES
 from acb.broker.schedule import RETRY
-from acb.broker.state import Resume, Suspend
+from acb.broker.state import Found, Resume, Suspend
 from acb.protocol import VERSION, Evacuate, Evacuated, Grant, Hello, Refused, Request, Restored, Revoke, Yield
 
 CAPACITY = 1000
@@ -158,8 +158,11 @@ def test_without_the_driver_nothing_is_suspended() -> None:
 def test_a_suspended_client_is_found_again_by_the_next_broker() -> None:
     broker = Broker([Gpu(0, CAPACITY, "GPU-x")], POLICIES["fifo"]())
     broker.driver_tier(True, 0.0)
-    broker.handle(1, Hello(VERSION, 101, "suspended", gpu=0, resident=0, peak=600), 0.0)
-    broker.found_suspended(1, 600, 0.0)
+    broker.handle(1, Hello(VERSION, 101, "suspended", gpu=0, resident=0, peak=600), 0.0, Found(600))
+    broker.check()
+    assert broker.in_doubt(1)
+    broker.suspended(1, "", 0.0, 0.5)
+    assert not broker.in_doubt(1)
     broker.check()
     assert broker.handle(1, Request(), 1.0) == [(1, Resume())]
     broker.resumed(1, "", 2.0)
@@ -167,3 +170,77 @@ def test_a_suspended_client_is_found_again_by_the_next_broker() -> None:
     broker.check()
     broker.gone(1, 3.0)
     assert broker.gpus[0].in_use == 0
+
+
+def _next_broker() -> Broker:
+    """Client 2, who waits, has said hello to it; then comes client 1, whose 600 bytes the driver may have."""
+    broker = Broker([Gpu(0, CAPACITY, "GPU-x")], POLICIES["fifo"]())
+    broker.driver_tier(True, 0.0)
+    broker.recover({101, 102})
+    broker.handle(2, Hello(VERSION, 102, "waits"), 0.1)
+    broker.handle(2, Request(), 0.2)
+    [(welcomed, _)] = broker.handle(1, Hello(VERSION, 101, "found", gpu=0, resident=600, peak=600), 0.3, Found(600))
+    assert welcomed == 1, "nobody is asked to make way, nor granted anything"
+    broker.check()
+    return broker
+
+
+def test_one_that_is_found_suspended_is_not_evacuated_and_its_room_is_the_next_ones() -> None:
+    broker = _next_broker()
+    assert broker.suspended(1, "", 0.0, 0.4) == [(2, Grant(0, "GPU-x", CAPACITY))]
+    broker.check()
+    [(revoked, _)] = broker.handle(1, Request(), 1.0)
+    assert revoked == 2
+    assert broker.handle(2, Yield(0, 100), 2.0) == [(1, Resume())]
+    assert broker.resumed(1, "", 3.0) == [(1, Grant(0, "GPU-x", CAPACITY))]
+    broker.check()
+
+
+def test_one_that_was_not_suspended_after_all_makes_way_as_usual() -> None:
+    broker = _next_broker()
+    assert broker.suspended(1, "it runs", 0.0, 0.4) == [(1, Evacuate())]
+    assert broker.clients[1].resident == 600
+    broker.check()
+    assert broker.handle(1, Evacuated(0, 600, 0.1), 1.0) == [(2, Grant(0, "GPU-x", CAPACITY))]
+    broker.check()
+
+
+def test_one_that_asks_before_it_is_known_gets_no_lease() -> None:
+    broker = _next_broker()
+    broker.handle(1, Request(), 0.4)
+    broker.gone(2, 0.5)
+    assert not broker.clients[1].lease
+    broker.check()
+    assert broker.suspended(1, "", 0.0, 1.0) == [(1, Resume())]
+    broker.check()
+
+
+def test_one_that_dies_before_it_is_known_leaves_its_room() -> None:
+    broker = _next_broker()
+    assert broker.gone(1, 0.5) == [(2, Grant(0, "GPU-x", CAPACITY))]
+    broker.check()
+
+
+@pytest.mark.parametrize("problem", ["", "it runs"])
+def test_what_the_holder_has_finds_its_place_beside_one_in_doubt(problem: str) -> None:
+    broker = Broker([Gpu(0, CAPACITY, "GPU-x")], POLICIES["fifo"]())
+    broker.driver_tier(True, 0.0)
+    broker.recover({101, 102})
+    broker.handle(1, Hello(VERSION, 101, "found", gpu=0, resident=600, peak=600), 0.1, Found(600))
+    broker.handle(2, Hello(VERSION, 102, "holds", gpu=0, resident=900, peak=900, holding=True), 0.2)
+    broker.check()
+    assert broker.clients[2].resident == 900
+    broker.handle(3, Hello(VERSION, 103, "new", memory_hint=500), 0.3)
+    broker.handle(3, Request(), 0.3)
+    assert broker.handle(2, Yield(100, 900), 1.0) == []  # client 1 may have the rest
+    assert broker.clients[1].resident == 600
+    broker.check()
+    sends = broker.suspended(1, problem, 0.0, 2.0)
+    assert sends == [(3, Grant(0, "GPU-x", 500))] if not problem else sends[0].message == Evacuate()
+    broker.check()
+    if not problem:
+        broker.gone(2, 3.0)
+        broker.gone(3, 3.0)
+        broker.handle(1, Request(), 3.0)
+        broker.resumed(1, "", 4.0)
+        assert broker.clients[1].resident == 600

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, rule
-from test_broker_core import CAPACITY, Histories, Program
+from test_broker_core import CAPACITY, Histories, Program, suspend
 
 from acb.broker.core import Broker, Gpu
 from acb.broker.meter import Meter
 from acb.broker.migration import gpu_map
 from acb.broker.policies import POLICIES
-from acb.broker.state import Resume, Suspend
+from acb.broker.state import Found, Resume, Suspend
 from acb.protocol import (
     VERSION,
     Evacuate,
@@ -42,8 +42,8 @@ class Node:
         self.broker.driver_tier(True, 0.0, migrates=migrates)
         for client in (1, 2):
             hello = Hello(VERSION, 100 + client, f"p{client}", gpu=0, chosen=chosen)
-            self.broker.handle(client, hello, 0.0)
-        self.broker.found_suspended(1, 600, 0.0, onto)
+            self.broker.handle(client, hello, 0.0, Found(600, onto) if client == 1 else None)
+        self.broker.suspended(1, "", 0.0, 0.0)
         self.broker.handle(2, Request(), 0.0)
         self.broker.check()
 
@@ -146,7 +146,7 @@ def test_it_may_be_moved_again_when_it_is_suspended_again() -> None:
     node.yields(2, 3.0)
     node.resumed(now=4.0)
     node.yields(1, 5.0, Yield(600, 600))
-    node.broker.found_suspended(1, 600, 6.0)
+    suspend(node.broker, 1, 6.0)
     node.broker.handle(2, Request(), 7.0)
     assert node.ask(8.0) == [THERE]
 
@@ -218,6 +218,19 @@ def test_what_the_next_broker_could_not_finish_either_waits_where_it_was() -> No
     node.ask()
     node.resumed("there is no room", kept=True)
     assert node.yields(2, 3.0) == [(1, Resume())]
+
+
+def test_what_came_back_there_although_nobody_has_heard_of_it_is_counted_there() -> None:
+    gpus = [Gpu(n, CAPACITY, f"GPU-{name}", kind="H100") for n, name in enumerate("ab")]
+    broker = Broker(gpus, POLICIES["fifo"]())
+    broker.driver_tier(True, 0.0, migrates=True)
+    broker.handle(1, Hello(VERSION, 101, "p1", gpu=0, resident=600), 0.0, Found(600, "GPU-b"))
+    broker.check()
+    assert [gpu.in_use for gpu in gpus] == [0, 600]
+    broker.suspended(1, "it runs", 0.0, 1.0)
+    broker.check()
+    assert [gpu.in_use for gpu in gpus] == [0, 600]
+    assert broker.handle(1, Request(), 2.0) == [(1, Grant(1, "GPU-b", CAPACITY))]
 
 
 def test_the_meter_looks_for_it_on_its_new_gpu() -> None:

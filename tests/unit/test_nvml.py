@@ -58,6 +58,8 @@ class FakeNvml(ModuleType):
         super().__init__("pynvml")
         self.names, self.fails, self.lost = names, fails, lost
         self.open = 0
+        self.nvmlMemory_v2 = 0x2000028
+        self.knows_reserved = True
 
     def _maybe_fail(self, what: str) -> None:
         if self.fails == what:
@@ -85,7 +87,9 @@ class FakeNvml(ModuleType):
     def nvmlDeviceGetName(self, handle: int) -> object:
         return self.names[handle]
 
-    def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:
+    def nvmlDeviceGetMemoryInfo(self, handle: int, version: int | None = None) -> SimpleNamespace:
+        if version is not None and self.knows_reserved:
+            return SimpleNamespace(total=(handle + 1) << 30, reserved=1 << 20, free=handle << 20)
         if handle in self.lost:
             raise self.NVMLError("GPU is lost")
         return SimpleNamespace(total=(handle + 1) << 30, free=handle << 20)
@@ -170,6 +174,17 @@ def test_ordinals_are_the_jobs_and_uuids_reach_every_gpu(
         for unknown in (2, "GPU-none"):
             with pytest.raises(NvmlError, match="there is no GPU"):
                 session.free(unknown)
+
+
+def test_what_the_driver_keeps_for_itself_is_never_free(driver: type[FakeNvml]) -> None:
+    fake = driver(["a", "b"], lost=())
+    with nvml.Nvml() as session:
+        assert session.most(1) == (2 << 30) - (1 << 20)
+        fake.knows_reserved = False
+        assert session.most(1) == 2 << 30
+        fake.lost = (1,)
+        with pytest.raises(NvmlError):
+            session.most(1)
 
 
 def test_what_the_driver_does_not_know_is_none(driver: type[FakeNvml]) -> None:
