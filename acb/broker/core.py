@@ -167,7 +167,7 @@ class Broker:
         """Answer to Resume: the client's memory is back, '' being the problem; else it is asked for again later.
 
         `lost`: nothing can bring it back. What the client asks for is refused from now on. `kept`: it is on the host as
-        before, for sure, and may still come back on any GPU.
+        before, for sure, and may still come back on any GPU. When its time is over then, others have theirs first.
         """
         self._log.append((now, client_id, f"resumed {problem}"))
         client = self.clients.get(client_id)
@@ -190,6 +190,8 @@ class Broker:
                 self.scheduler.touch(*client.gpus)
             elif kept and client.origin is not None:
                 self._stay(client, client.origin, now)
+            elif kept and client.unit.preempt_at is not None and client.unit.preempt_at <= now:
+                self._step_back(client, now)
             else:
                 self.scheduler.resume_later(client, now)
         return self._finish(now)
@@ -210,17 +212,29 @@ class Broker:
     def _stay(self, client: Client, home: Gpu, now: float) -> None:
         """It could not be brought back on another GPU: it waits where its memory was, and in its old place."""
         unit, asked_at = client.unit, client.unit.asked_at
-        for gpu in client.gpus:
-            gpu.holders.discard(client.id)
-        client.resuming = client.lease = client.revoked = False
-        client.headroom = 0
-        self._room.settle(client)
-        self._close_unit(unit, now)
+        self._take_lease(client, now)
         self.scheduler.move(client, home)
         client.waiting = client.stays = True
         self.scheduler.enqueue(unit, now)
         unit.asked_at = asked_at
         self.scheduler.requeue(unit, now)
+
+    def _step_back(self, client: Client, now: float) -> None:
+        """It could not be brought back in its time, and others wait: it does so again, behind them."""
+        unit = client.unit
+        self._take_lease(client, now)
+        if unit.active:  # others of its gang have not stopped yet
+            self.scheduler.pause(client, now)
+        self._wait(client, now)
+
+    def _take_lease(self, client: Client, now: float) -> None:
+        """From one that is still suspended, and has not heard of it."""
+        for gpu in client.gpus:
+            gpu.holders.discard(client.id)
+        client.resuming = client.lease = client.revoked = False
+        client.headroom = client.promised = 0
+        self._room.settle(client)
+        self._close_unit(client.unit, now)
 
     def in_doubt(self, client_id: int) -> bool:
         """Whether it has to be asked what the driver has of the client; suspended() takes the answer."""

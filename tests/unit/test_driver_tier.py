@@ -244,3 +244,80 @@ def test_what_the_holder_has_finds_its_place_beside_one_in_doubt(problem: str) -
         broker.handle(1, Request(), 3.0)
         broker.resumed(1, "", 4.0)
         assert broker.clients[1].resident == 600
+
+
+def test_one_that_cannot_be_brought_back_gives_others_their_turn(broker: Broker) -> None:
+    broker.suspended(1, "", 0.5, 1.6)
+    broker.handle(1, Request(), 2.0)
+    assert broker.handle(2, Yield(0, 100), 3.0) == [(1, Resume())]
+    broker.handle(2, Request(), 3.1)
+    assert broker.resumed(1, "a stranger has the room", 3.2, kept=True) == []  # its time is not over
+    until = broker.clients[1].unit.preempt_at
+    assert until is not None
+    now = until + 0.5
+    assert broker.tick(now) == [(1, Resume())]
+    granted, revoked = broker.resumed(1, "a stranger has the room", now, kept=True)
+    assert granted == (2, Grant(0, "GPU-x", CAPACITY))
+    assert isinstance(revoked.message, Revoke)
+    assert broker.clients[1].state == "waiting"
+    assert broker.suspended_clients
+    broker.check()
+    assert broker.tick(now + 2 * RETRY) == []  # it is not tried beside the holder
+    assert broker.handle(2, Yield(0, 100), now + 5) == [(1, Resume())]
+    assert broker.resumed(1, "", now + 6) == [(1, Grant(0, "GPU-x", CAPACITY))]
+    broker.check()
+
+
+def test_while_nobody_waits_it_keeps_trying(broker: Broker) -> None:
+    broker.suspended(1, "", 0.5, 1.6)
+    broker.gone(2, 2.0)
+    broker.handle(1, Request(), 2.0)
+    for now in (1000.0, 2000.0):
+        assert broker.resumed(1, "a stranger has the room", now, kept=True) == []
+        assert broker.tick(now + RETRY) == [(1, Resume())]
+
+
+def test_of_which_nobody_knows_where_it_is_keeps_its_lease(broker: Broker) -> None:
+    broker.suspended(1, "", 0.5, 1.6)
+    broker.handle(1, Request(), 2.0)
+    broker.handle(2, Yield(0, 100), 3.0)
+    broker.handle(2, Request(), 3.1)
+    assert broker.resumed(1, "the helper has died", 1000.0) == []
+    assert broker.clients[1].lease
+    broker.check()
+
+
+def test_a_member_of_a_gang_that_cannot_be_brought_back_lets_its_gang_go() -> None:
+    gpus = [Gpu(n, CAPACITY, f"GPU-{n}") for n in range(2)]
+    broker = Broker(gpus, POLICIES["fifo"]())
+    broker.driver_tier(True, 0.0)
+    for client in (1, 2):
+        hello = Hello(VERSION, 100 + client, f"p{client}", gang="g", gang_size=2, rank=client - 1)
+        broker.handle(client, hello, 0.0)
+        broker.handle(client, Request(), 0.0)
+    assert [client for gpu in gpus for client in gpu.holders] == [1, 2]
+    broker.handle(3, Hello(VERSION, 103, "other", memory_hint=CAPACITY, chosen=True, gpu=0), 0.0)
+    for client in (1, 2):
+        broker.handle(client, Yield(600, 600), 1.0)
+    broker.handle(3, Request(), 1.0)
+    assert broker.handle(1, Evacuated(600, 0, 0.0, "graphs"), 1.1) == [(1, Suspend())]
+    broker.suspended(1, "", 0.1, 1.2)
+    for client in (1, 2):
+        broker.handle(client, Request(), 2.0)
+    broker.check()
+    sends = broker.handle(3, Yield(0, CAPACITY), 3.0)
+    assert {(client, type(message)) for client, message in sends} == {(1, Resume), (2, Grant)}
+    broker.handle(3, Request(), 3.1)
+    broker.check()
+    until = broker.clients[1].unit.preempt_at
+    assert until is not None
+    broker.resumed(1, "a stranger has the room", until + 1, kept=True)
+    broker.check()
+    assert broker.clients[1].waiting
+    sends = broker.handle(2, Yield(600, 600, wants=True), until + 1.1)
+    assert sends[0] == (3, Grant(0, "GPU-0", CAPACITY))
+    broker.check()
+    broker.gone(3, until + 5)
+    sends = broker.tick(until + 6)
+    broker.check()
+    assert broker.clients[1].resuming
