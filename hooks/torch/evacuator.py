@@ -21,7 +21,9 @@ from acb.client.evacuation import EvacuationError, batches, fullest
 from acb.hooks.torch import reach
 from acb.hooks.torch.hostpool import HostPool, Place
 from acb.hooks.torch.memory import OutOfMemoryError
+from acb.hooks.torch.pagelocks import page_locking
 from acb.hooks.torch.peaks import Peaks
+from acb.hooks.torch.streams import Owners, Streams, owners
 
 cuda: Any = torch.cuda
 
@@ -29,11 +31,12 @@ cuda: Any = torch.cuda
 class _Parked:
     """A storage whose bytes are in host memory. It is held weakly: what the program drops meanwhile must not stay."""
 
-    __slots__ = ("__weakref__", "nbytes", "ordinal", "place", "storage")
+    __slots__ = ("__weakref__", "nbytes", "ordinal", "place", "storage", "stream")
 
-    def __init__(self, storage: Any, place: Place, pool: HostPool) -> None:
+    def __init__(self, storage: Any, place: Place, pool: HostPool, stream: int) -> None:
         self.nbytes = place.nbytes
         self.ordinal = _ordinal(storage)
+        self.stream = stream
         self.place = place
         self.storage = weakref.ref(storage, functools.partial(_dropped, pool, place))
 
@@ -56,9 +59,10 @@ class TorchEvacuator:
         self._empty_cache = cuda.empty_cache
         self.peaks = Peaks()
         self._real = not _is_simulated() and (torch.version.cuda is not None or torch.version.hip is not None)
-        self._pool = pool if pool is not None else HostPool(*(_page_locking() if self._real else ()))
+        self._pool = pool if pool is not None else HostPool(*(page_locking() if self._real else ()))
         self._parked: list[_Parked] = []
         self._streams: dict[int, Any] = {}
+        self._allocating = Streams()
 
     def anew(self) -> TorchEvacuator:
         """The evacuator of a forked child, which holds nothing."""
@@ -66,6 +70,7 @@ class TorchEvacuator:
         fresh._pool = self._pool.anew()
         fresh._parked = []
         fresh._streams = {}
+        fresh._allocating = Streams()
         return fresh
 
     # --- what is there ---------------------------------------------------------------------------------------------
@@ -130,13 +135,14 @@ class TorchEvacuator:
         try:
             yield 0
             self.synchronize()
+            known = owners() if self._real else Owners(())
             while pieces:
-                yield self._move_out(pieces[0])
+                yield self._move_out(pieces[0], known)
                 del pieces[0]
         finally:
             self._pool.give_back([place for pairs in pieces for _, place in pairs])
 
-    def _move_out(self, pairs: list[tuple[Any, Place]]) -> int:
+    def _move_out(self, pairs: list[tuple[Any, Place]], known: Owners) -> int:
         """Move storages to their places, all or none: the bytes moved. What is not to be given back leaves `pairs`."""
         try:
             with _Copying(self._streams, [storage for storage, _ in pairs], self._real):
@@ -145,7 +151,7 @@ class TorchEvacuator:
         except (RuntimeError, MemoryError) as error:
             raise EvacuationError(f"PyTorch could not copy its memory to the host: {error}") from None
         moved = fullest((_ordinal(storage), place.nbytes) for storage, place in pairs)
-        parked = [_Parked(storage, place, self._pool) for storage, place in pairs]
+        parked = [_Parked(storage, place, self._pool, known.of(storage.data_ptr())) for storage, place in pairs]
         self._parked += parked
         try:
             for storage, _ in pairs:
@@ -176,22 +182,30 @@ class TorchEvacuator:
         back: list[tuple[Any, _Parked]] = []
         failure: str | None = None
         total = 0
-        for parked in chosen:
-            storage = parked.storage()
-            if storage is None:
-                continue
-            total += parked.nbytes
-            if limit is not None and total > limit:
-                break
-            try:
-                self._resize(storage, parked.nbytes)
-            except OutOfMemoryError as error:
-                failure = str(error)
-                break
-            back.append((storage, parked))
-        with _Copying(self._streams, [storage for storage, _ in back], self._real):
-            for storage, parked in back:
-                self._copy(storage, parked.place.storage(), parked.place.slab.page_locked)
+        try:
+            for parked in chosen:
+                storage = parked.storage()
+                if storage is None:
+                    continue
+                total += parked.nbytes
+                if limit is not None and total > limit:
+                    break
+                try:
+                    with self._allocating.on(parked.ordinal, parked.stream):
+                        self._resize(storage, parked.nbytes)
+                except OutOfMemoryError as error:
+                    failure = str(error)
+                    break
+                back.append((storage, parked))
+            with _Copying(self._streams, [storage for storage, _ in back], self._real):
+                for storage, parked in back:
+                    self._copy(storage, parked.place.storage(), parked.place.slab.page_locked)
+        except BaseException:
+            # What is in host memory counts, and stays there.
+            for storage, _ in back:
+                with contextlib.suppress(RuntimeError):
+                    self._resize(storage, 0)
+            raise
         moved = fullest((parked.ordinal, parked.nbytes) for _, parked in back)
         self._pool.give_back([parked.place for _, parked in back])
         done = {id(parked) for _, parked in back}
@@ -235,15 +249,3 @@ def _is_simulated() -> bool:
     """Whether ``cuda`` is a simulated GPU, which a build of PyTorch for real ones can have as well."""
     simulated = sys.modules.get("acb.hooks.torch.simulated")
     return simulated is not None and simulated.current_ledger() is not None
-
-
-def _page_locking() -> tuple[Any, Any]:
-    """The functions that page-lock memory and undo it, for HostPool."""
-
-    def register(address: int, nbytes: int) -> int:
-        return int(cuda.cudart().cudaHostRegister(address, nbytes, 1))  # 1: portable between contexts
-
-    def unregister(address: int) -> int:
-        return int(cuda.cudart().cudaHostUnregister(address))
-
-    return register, unregister

@@ -23,7 +23,10 @@ ALIGN = 512
 class Slab:
     """One map, filled from its start; `tenants` are the places in it that are in use."""
 
-    def __init__(self, nbytes: int, register: Callable[[int, int], Any] | None) -> None:
+    def __init__(
+        self, nbytes: int, register: Callable[[int, int], Any] | None, unregister: Callable[[int], Any] | None
+    ) -> None:
+        self.page_locked = False
         self.nbytes = nbytes
         self.filled = 0
         self.tenants: set[Place] = set()
@@ -32,7 +35,7 @@ class Slab:
             self._map.madvise(mmap.MADV_HUGEPAGE)
         except (AttributeError, OSError, ValueError):
             pass  # only quicker with it
-        self.page_locked = False
+        self._unregister = unregister
         self._address = torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr()
         if register is not None:
             try:
@@ -44,15 +47,19 @@ class Slab:
         """The bytes at `offset` as a storage of exactly `nbytes`."""
         return torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=offset).untyped_storage()
 
-    def close(self, unregister: Callable[[int], Any] | None) -> None:
+    def close(self) -> None:
         """Give the memory back; at once, if nothing looks at it any more."""
-        if self.page_locked and unregister is not None:
+        if self.page_locked and self._unregister is not None:
             try:
-                unregister(self._address)
+                self._unregister(self._address)
             except Exception:
                 pass
         self.page_locked = False
         self._map = None
+
+    def __del__(self) -> None:
+        # Or else the driver would take this address for page-locked when the next map comes to lie there.
+        self.close()
 
 
 class Place:
@@ -112,7 +119,7 @@ class HostPool:
             for size in sizes:
                 stretch = -(-size // ALIGN) * ALIGN
                 roomy = next((slab for slab in slabs if slab.nbytes - slab.filled >= stretch), None)
-                slab = roomy or Slab(max(min(SLAB, _pages(total)), _pages(stretch)), self._register)
+                slab = roomy or Slab(max(min(SLAB, _pages(total)), _pages(stretch)), self._register, self._unregister)
                 if roomy is None:
                     made.append(slab)
                     slabs.insert(0, slab)
@@ -125,7 +132,7 @@ class HostPool:
         except (OSError, MemoryError, RuntimeError) as error:
             self.give_back(places)
             for slab in made:
-                slab.close(self._unregister)
+                slab.close()
             raise MemoryError(f"the host gives no more memory: {error}") from None
         self._slabs.extend(made)
         return places
@@ -160,7 +167,7 @@ class HostPool:
             self._slabs.remove(slab)
         except ValueError:
             return
-        slab.close(self._unregister)
+        slab.close()
 
 
 def _pages(nbytes: int) -> int:

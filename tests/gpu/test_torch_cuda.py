@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -20,12 +20,9 @@ GIB = 1 << 30
 
 
 def on_own_thread(work: Callable[[], Any]) -> Any:
-    """Do what the agent does, where the agent does it."""
-    result: list[Any] = []
-    thread = threading.Thread(target=lambda: result.append(work()), name="acb-test")
-    thread.start()
-    thread.join()
-    return result[0]
+    """Do what the agent does, where the agent does it. Passes on what it raises."""
+    with ThreadPoolExecutor(1, "acb-test") as executor:
+        return executor.submit(work).result()
 
 
 def test_everything_leaves_the_gpu_and_comes_back() -> None:
@@ -70,6 +67,31 @@ def test_the_second_evacuation_goes_at_the_speed_of_the_bus() -> None:
     print(f"restored at {moved / GIB / (time.perf_counter() - begun):.1f} GiB/s")
     assert kept.sum().item() == GIB
     assert all(slab.page_locked for slab in evacuator._pool._slabs)
+
+
+def test_memory_comes_back_for_the_stream_that_it_was_allocated_for() -> None:
+    from acb.hooks.torch.evacuator import TorchEvacuator
+    from acb.hooks.torch.streams import owners
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        kept = torch.ones(64 << 20, device="cuda", dtype=torch.uint8)
+    other = torch.ones(64 << 20, device="cuda", dtype=torch.uint8)
+    evacuator = TorchEvacuator()
+    for _ in range(2):
+        assert owners().of(kept.data_ptr()) == side.cuda_stream
+        assert owners().of(other.data_ptr()) == 0
+        assert on_own_thread(evacuator.evacuate) >= 128 << 20
+        on_own_thread(evacuator.restore)
+    assert kept.sum().item() == other.sum().item() == 64 << 20
+
+
+def test_memory_that_cannot_be_page_locked_leaves_no_error_to_the_program() -> None:
+    from acb.hooks.torch.pagelocks import page_locking
+
+    register, _ = page_locking()
+    assert register(4096, 4096) != 0  # nothing is there
+    assert (torch.ones(3, device="cuda") * 2).sum().item() == 6
 
 
 def test_backward_on_workers_of_the_engine_does_not_wait_at_a_closed_gate() -> None:

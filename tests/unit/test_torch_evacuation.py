@@ -436,6 +436,29 @@ def test_a_full_gpu_delays_what_it_has_no_room_for(card: Card, evacuator: TorchE
     assert [int(tensor.sum().item()) for tensor in kept] == [n * 8 * MIB // 4 for n in range(4)]
 
 
+@pytest.mark.parametrize("refused", [0, 1, 2])
+def test_a_copy_back_that_fails_loses_nothing(card: Card, refused: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = TorchEvacuator()
+    kept = [torch.full((MIB // 4,), float(n), device="cuda") for n in range(3)]
+    moved = on_own_thread(failing.evacuate)
+    copies: list[None] = []
+    copy = failing._copy
+
+    def refuse(*args: Any) -> Any:
+        copies.append(None)
+        if len(copies) > refused:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        return copy(*args)
+
+    monkeypatch.setattr(failing, "_copy", refuse)
+    with pytest.raises(RuntimeError, match="launch failure"):
+        on_own_thread(failing.restore)
+    assert card.held() == 0, "what was not filled passes for restored"
+    monkeypatch.undo()
+    assert on_own_thread(failing.restore) == moved
+    assert [int(tensor.sum().item()) for tensor in kept] == [n * MIB // 4 for n in range(3)]
+
+
 # --- in pieces -------------------------------------------------------------------------------------------------------
 
 
@@ -604,6 +627,18 @@ def test_page_locking_is_undone_with_the_slab() -> None:
     assert all(place.slab.page_locked for place in places)
     pool.give_back(places)
     pool.trim()
+    assert locked == {}
+
+
+def test_page_locking_is_undone_when_the_pool_is_dropped() -> None:
+    locked: dict[int, int] = {}
+
+    def register(address: int, nbytes: int) -> int:
+        locked[address] = nbytes
+        return 0
+
+    HostPool(register, lambda address: locked.pop(address)).take([MIB])
+    gc.collect()
     assert locked == {}
 
 
