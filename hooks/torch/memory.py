@@ -16,18 +16,36 @@ _UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 <
 _WANTED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB|TiB)")
 _UNKNOWN = 256 << 20  # asked for when the error does not say
 
-
-_NAMES = (
-    "to cuda clone contiguous float half double bfloat16 new_empty new_zeros new_ones new_full new_tensor empty_like "
-    "zeros_like ones_like full_like rand_like randn_like cat stack empty empty_strided zeros ones full arange eye "
-    "linspace logspace rand randn randint randperm tensor as_tensor asarray scalar_tensor"
+_MAKING = (
+    "to cuda clone contiguous float half double bfloat16 int long short bool new_empty new_zeros new_ones new_full "
+    "new_tensor empty_like zeros_like ones_like full_like rand_like randn_like cat stack empty empty_strided zeros "
+    "ones full arange eye linspace logspace rand randn randint randperm tensor as_tensor asarray scalar_tensor"
 )
-_REPEATABLE = frozenset(_NAMES.split())
+_COMPUTING = (
+    "sum mean prod std var norm amax amin max min argmax argmin median logsumexp cumsum cumprod sort argsort topk "
+    "unique nonzero masked_select masked_fill where gather scatter scatter_add index_select index_add take "
+    "take_along_dim repeat repeat_interleave tile roll flip tril triu pad one_hot reshape flatten concat hstack vstack "
+    "add sub subtract mul multiply div divide true_divide floor_divide remainder pow square sqrt rsqrt reciprocal neg "
+    "abs exp expm1 log log1p log2 log10 sin cos tan tanh sigmoid relu gelu silu leaky_relu elu softplus softmax "
+    "log_softmax maximum minimum clamp clip lerp round floor ceil sign eq ne lt le gt ge logical_and logical_or "
+    "logical_not isnan isinf isfinite "
+    "matmul mm bmm mv dot outer addmm baddbmm einsum tensordot cdist cross kron linear bilinear conv1d conv2d conv3d "
+    "conv_transpose1d conv_transpose2d conv_transpose3d avg_pool1d avg_pool2d avg_pool3d layer_norm group_norm "
+    "rms_norm embedding interpolate unfold fold normalize cosine_similarity pairwise_distance mse_loss l1_loss cross_entropy "
+    "nll_loss binary_cross_entropy binary_cross_entropy_with_logits"
+)
+_OPERATORS = (
+    "getitem add radd sub rsub mul rmul div rdiv truediv rtruediv floordiv rfloordiv mod pow rpow matmul rmatmul neg "
+    "abs eq ne lt le gt ge and or xor invert"
+)
+_REPEATABLE = frozenset([*_MAKING.split(), *_COMPUTING.split(), *(f"__{name}__" for name in _OPERATORS.split())])
 
 
-def repeatable(func: Any) -> bool:
+def repeatable(func: Any, kwargs: Any) -> bool:
     """Whether an operation allocates first, changes nothing, and draws no random numbers before it has its memory."""
-    return getattr(func, "__name__", "") in _REPEATABLE
+    return getattr(func, "__name__", "") in _REPEATABLE and not (
+        kwargs and (kwargs.get("out") is not None or kwargs.get("inplace"))
+    )
 
 
 def wanted_bytes(error: BaseException) -> int:

@@ -81,7 +81,7 @@ class Sentinel(TorchFunctionMode):  # type: ignore[misc]
         try:
             return func(*args, **kwargs) if kwargs else func(*args)
         except OutOfMemoryError:
-            if not repeatable(func):
+            if not repeatable(func, kwargs):
                 raise
         finally:
             _leave(gate, state)
@@ -92,7 +92,7 @@ def _slowly(func: Any, args: Any, kwargs: Any) -> Any:
     """Take one operation through the gate, whatever the gate's state; the sentinel is off."""
     if here.exempt():
         return func(*args, **kwargs)
-    return _wait_at_gate(_gate, func, args, kwargs, repeatable(func))
+    return _wait_at_gate(_gate, func, args, kwargs, repeatable(func, kwargs))
 
 
 class _Leaving:

@@ -19,6 +19,7 @@ import pytest
 torch: Any = pytest.importorskip("torch")
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from torch.overrides import TorchFunctionMode  # noqa: E402
 
 from acb.client.gate import Gate  # noqa: E402
 from acb.hooks import torch as hook  # noqa: E402
@@ -545,6 +546,41 @@ def test_a_repeatable_call_is_tried_again_when_there_is_room(gate: Gate, monkeyp
     assert nn.Linear(2, 2)._apply(tight) is not None
     assert wanted == [(3 << 29) + 1] * 2
     assert not gate.busy()
+
+
+@pytest.mark.parametrize(
+    ("operation", "safe"),
+    [
+        (lambda x: x.sum(0, dtype=torch.int64), True),
+        (lambda x: x @ x, True),
+        (lambda x: x[::2], True),
+        (lambda x: torch.einsum("ij,jk", x, x), True),
+        (lambda x: nn.functional.linear(x, x), True),
+        (lambda x: torch.add(x, 1, out=torch.empty_like(x)), False),
+        (lambda x: x.add_(1), False),
+        (lambda x: nn.functional.relu(x, inplace=True), False),
+        (lambda x: nn.functional.dropout(x), False),
+        (lambda x: nn.functional.batch_norm(x, torch.zeros(4), torch.ones(4), training=True), False),
+        (lambda x: x.exponential_(), False),
+        (lambda x: x.__setitem__(0, 1.0), False),
+    ],
+)
+def test_only_what_changes_nothing_is_repeated(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch, operation: Callable[[Any], Any], safe: bool
+) -> None:
+    from acb.hooks.torch import memory
+
+    seen: list[tuple[Any, Any]] = []
+
+    class Spy(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append((func, kwargs))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(4, 4)
+    with Spy():
+        operation(x)
+    assert memory.repeatable(*seen[-1]) is safe
 
 
 def test_the_program_sees_its_own_error_when_there_is_no_room(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
