@@ -31,8 +31,8 @@ _COMPUTING = (
     "logical_not isnan isinf isfinite "
     "matmul mm bmm mv dot outer addmm baddbmm einsum tensordot cdist cross kron linear bilinear conv1d conv2d conv3d "
     "conv_transpose1d conv_transpose2d conv_transpose3d avg_pool1d avg_pool2d avg_pool3d layer_norm group_norm "
-    "rms_norm embedding interpolate unfold fold normalize cosine_similarity pairwise_distance mse_loss l1_loss cross_entropy "
-    "nll_loss binary_cross_entropy binary_cross_entropy_with_logits"
+    "rms_norm embedding interpolate unfold fold normalize cosine_similarity pairwise_distance mse_loss l1_loss "
+    "cross_entropy nll_loss binary_cross_entropy binary_cross_entropy_with_logits"
 )
 _OPERATORS = (
     "getitem add radd sub rsub mul rmul div rdiv truediv rtruediv floordiv rfloordiv mod pow rpow matmul rmatmul neg "
