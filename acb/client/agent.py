@@ -306,6 +306,10 @@ class Agent:
                 self._connection.send(holds)
 
     def _hello(self) -> Hello:
+        memory = self._memory
+        if self.lease:  # or else the driver may have suspended this process, and would keep this thread
+            memory.resident()
+            memory.peak()
         return Hello(
             VERSION,
             os.getpid(),
@@ -313,9 +317,9 @@ class Agent:
             memory_hint=_hint(),
             **self._place(),
             holding=self.lease,
-            resident=self._memory.resident(),
-            evacuated=self._memory.evacuated,
-            peak=self._memory.peak() if self.gpu is not None else 0,
+            resident=memory.last_resident,
+            evacuated=memory.evacuated,
+            peak=memory.last_peak if self.gpu is not None else 0,
             program=_program(),
             **wishes.of_this_process()._asdict(),
         )

@@ -32,6 +32,8 @@ class Memory:
         """The lease is held, but there was no room for the memory that must come back."""
         self.restore_at = 0.0
         """When to try again."""
+        self.last_resident = self.last_peak = 0
+        """What resident() and peak() said last. Asking anew needs the driver, which may have suspended us."""
         self._restore_wait = 0.0
         self._back = Moved(0, 0.0)
         self._evacuators = evacuators
@@ -43,11 +45,13 @@ class Memory:
 
     def resident(self) -> int:
         """Bytes on the GPU."""
-        return self._sum("resident")
+        self.last_resident = self._sum("resident")
+        return self.last_resident
 
     def peak(self) -> int:
         """The most bytes that there have been since reset_peak()."""
-        return self._sum("peak")
+        self.last_peak = self._sum("peak")
+        return self.last_peak
 
     def reset_peak(self) -> None:
         """Forget the peak."""

@@ -43,7 +43,7 @@ def test_two_programs_of_which_only_one_fits_take_turns(site: Site, framework: s
         for program, other in (programs, programs[::-1]):
             assert program.do("check") == []
             assert site.wait_for(other, "evacuated")["evacuated"] >= held
-            assert held <= site.used() < 2 * held  # both would be more: contexts, and what the running one computes with
+            assert held <= site.used() < 2 * held  # with what the running one computes with, but not both
             left_behind(site, other, held)
     users.end(site, *programs)
 

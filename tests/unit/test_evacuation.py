@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from acb.client.evacuation import EvacuationError, batches, evacuate_all, fullest
+from acb.client.memory import Memory
 
 
 class Fake:
@@ -150,3 +151,17 @@ def test_a_refusal_keeps_nothing_alive_of_what_was_to_be_moved(kind: type[Except
 def test_memory_is_counted_on_the_fullest_gpu() -> None:
     assert fullest([]) == 0
     assert fullest([(0, 5), (1, 3), (0, 1), (1, 4)]) == 7
+
+
+def test_what_a_program_holds_can_be_said_without_asking_the_driver() -> None:
+    fake = Fake(10)
+    memory = Memory([fake])
+    assert memory.resident() == memory.peak() == 10
+    memory.evacuate()
+    assert memory.resident() == 0
+
+    def suspended() -> int:
+        pytest.fail("asked the framework, which would wait in the driver")
+
+    fake.resident = fake.peak = suspended  # type: ignore[method-assign]
+    assert (memory.last_resident, memory.last_peak, memory.evacuated) == (0, 10, 10)
