@@ -156,19 +156,34 @@ class JaxEvacuator:
         moved = _fullest(_buffers(plans))
         self._copy_out(plans)
         try:
+            leaving = []
             for plan in plans:
                 array = plan.ref()
                 if array is not None:
+                    leaving.append(self._alias(array))
                     self._evacuated[id(array)] = plan
-                    self._delete(array)
+            for alias in leaving:
+                self._delete(alias)
         except Exception as error:
             self._move_in([plan for plan in plans if plan.ref() is not None])
             raise EvacuationError(f"jax did not free an array: {error}") from error
-        array = None
+        array = alias = None
+        leaving.clear()
         trim_pool()
         if self._ledger is not None:
             self._ledger.audit()  # arrays that are just being dropped have freed their buffers, but not said so yet
         return moved
+
+    def _alias(self, array: Any) -> Any:
+        """What to delete so that the array's buffers go: a second array of the same buffers.
+
+        An array that was itself deleted has forgotten its buffers, and since 0.11 jax points no such array at others.
+        """
+        if not hasattr(array, "_replace_with"):
+            return array  # see repoint()
+        return self._internals.ArrayImpl(
+            array.aval, array._sharding, array._arrays, committed=array._committed, _skip_checks=True
+        )
 
     def _plan(self, arrays: list[Any], *, strict: bool) -> tuple[list[_Evacuated], list[_Buffer]]:
         """What is to be done for each array, and each buffer once.
@@ -181,6 +196,8 @@ class JaxEvacuator:
             try:
                 shards = array._arrays
             except RuntimeError:
+                shards = None
+            if shards is None:
                 continue  # deleted by the program just now
             if strict:
                 self._refuse_immovable(array)

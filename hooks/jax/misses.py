@@ -162,7 +162,7 @@ def _patch_in_two_steps(pjit: Any, fast_path: FastPath, call: _Call) -> None:
             function, call.function = call.function, None
             try:
                 jaxpr = p.params["jaxpr"]
-                if function is not None and function[0] is fun and fast_path.counts(args) and not jaxpr.jaxpr.is_high:
+                if function is not None and function[0] is fun and fast_path.counts(args) and not _is_high(jaxpr):
                     result = fast_path.call_counted(twin(*function), args, kwargs)
                     return result, None, p.out_tree, args_flat, jaxpr, None, None, ()
                 return original(p, args_flat, fun, args, kwargs)
@@ -173,3 +173,8 @@ def _patch_in_two_steps(pjit: Any, fast_path: FastPath, call: _Call) -> None:
 
     replace(pjit, "_infer_params", infer)
     replace(pjit, "_run_python_pjit", run)
+
+
+def _is_high(jaxpr: Any) -> bool:
+    """Whether a traced function takes or gives what is no array; until 0.10 what jax had traced was wrapped twice."""
+    return bool(getattr(jaxpr, "jaxpr", jaxpr).is_high)

@@ -24,7 +24,7 @@ from acb.hooks.jax.internals import (
 from acb.hooks.jax.ledger import Ledger, Sizes
 
 _ALIASES = ("_fully_replicated_shard", "_rewrap_with_aval_and_sharding", "clone")
-_READS = ("_single_device_array_to_np_array_did_copy", "_single_device_array_to_np_array")
+_READS = ("_single_device_array_to_np_array_did_copy", "_single_device_array_to_np_array", "_to_np_array_did_copy")
 
 
 def patches(ledger: Ledger) -> list[Callable[[Internals], None]]:

@@ -19,6 +19,7 @@ _READS = (
     "_copy_single_device_array_to_host_async",
     "_single_device_array_to_np_array",
     "_single_device_array_to_np_array_did_copy",
+    "_to_np_array_did_copy",
     "_fully_replicated_shard",
 )
 _METHODS = (
@@ -31,8 +32,14 @@ _METHODS = (
     "_rewrap_with_aval_and_sharding",
     "_replace_with",
 )
+_MANY = (
+    "batched_block_until_ready",
+    "batched_copy_to_host_async",
+    "reorder_shards",
+    "copy_array_to_devices_with_sharding",
+)
 _PROPERTIES = ("_arrays", "_pjrt_layout", "layout", "traceback")
-_POINTERS = ("unsafe_buffer_pointer", "__cuda_array_interface__")
+_POINTERS = ("unsafe_buffer_pointer", "unsafe_raw_buffer", "__cuda_array_interface__")
 
 
 def patches(evacuator: JaxEvacuator) -> list[Callable[[Internals], None]]:
@@ -54,9 +61,15 @@ def patches(evacuator: JaxEvacuator) -> list[Callable[[Internals], None]]:
 
     def many_arrays(internals: Internals) -> None:
         """Functions that take arrays in a list, or one array first."""
-        for name in ("batched_block_until_ready", "reorder_shards", "copy_array_to_devices_with_sharding"):
+        for name in _MANY:
             if hasattr(internals.xla_client, name):
                 replace(internals.xla_client, name, lambda original: in_region(original, _any_concerns))
+        if hasattr(internals.extension, "shard_args"):  # NumPy arrays too, since 0.11, with jax_use_cpp_shard_args
+
+            def shard(original: Any) -> Any:
+                return in_region(again_with_more_room(original), _any_concerns)
+
+            replace(internals.extension, "shard_args", shard)
         replace(
             internals.array,
             "make_array_from_single_device_arrays",
