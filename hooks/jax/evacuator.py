@@ -127,8 +127,13 @@ class JaxEvacuator:
             for backend in self._internals.backends()
             if backend.platform in GATED
             for array in backend.live_arrays()
-            if not self._is_deleted(array) and in_device_memory(array)
+            if not self._is_deleted(array) and in_device_memory(array) and not self._away(array)
         ]
+
+    def _away(self, array: Any) -> bool:
+        """Whether its data are in host memory, whatever else it has."""
+        entry = self._evacuated.get(id(array))
+        return entry is not None and entry.ref() is array
 
     # --- away -------------------------------------------------------------------------------------------------------
 
@@ -262,27 +267,39 @@ class JaxEvacuator:
             raise
 
     def _move_in(self, plans: list[_Evacuated], limit: int | None = None) -> int:
-        """Bring these back, in order, as far as the limit goes: the bytes moved."""
-        moved: list[_Buffer] = []
-        restored = []
+        """Bring these back, in order, as far as the limit goes: the bytes moved. What fails counts as still away."""
+        begun: list[tuple[Any, list[_Buffer]]] = []
+        failure: Exception | None = None
         total = 0
         with self._internals.config.enable_x64(True):
-            for entry in plans:
-                array = entry.ref()
-                if array is None:
-                    continue
-                total += sum(buffer.nbytes for buffer in entry.buffers if buffer.array is None)
-                if limit is not None and total > limit:
-                    break
-                for buffer in entry.buffers:
-                    if buffer.array is None:
+            try:
+                for entry in plans:
+                    array = entry.ref()
+                    if array is None:
+                        continue
+                    missing = [buffer for buffer in entry.buffers if buffer.array is None]
+                    total += sum(buffer.nbytes for buffer in missing)
+                    if limit is not None and total > limit:
+                        break
+                    for buffer in missing:
                         buffer.array = self._put(buffer)
-                        moved.append(buffer)
-                repoint(array, self._assemble(entry))
-                self._evacuated.pop(id(array), None)
-                restored.append(array)
-            for array in restored:
-                array.block_until_ready()
+                    repoint(array, self._assemble(entry))
+                    begun.append((array, missing))
+            except Exception as error:
+                failure = error
+            moved: list[_Buffer] = []
+            for array, missing in begun:
+                try:
+                    array.block_until_ready()
+                except Exception as error:
+                    failure = failure or error
+                    for buffer in missing:
+                        buffer.array = None
+                else:
+                    self._evacuated.pop(id(array), None)
+                    moved += missing
+        if failure is not None:
+            raise failure
         return _fullest(moved)
 
     def _put(self, buffer: _Buffer) -> Any:

@@ -308,6 +308,29 @@ def test_no_room_to_restore_keeps_the_rest_in_host_memory(
     assert evacuator.restore() == 0
 
 
+def test_a_copy_back_that_fails_on_its_way_loses_nothing(
+    evacuator: evacuation.JaxEvacuator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = [jnp.full(5, i) for i in range(4)]
+    before = [describe(a) for a in arrays]
+    moved = evacuator.evacuate()
+    kind = evacuator._internals.ArrayImpl
+    original = kind.block_until_ready
+
+    def fails_second(array: Any) -> Any:
+        if array is arrays[1]:
+            raise evacuator._internals.RuntimeError("INTERNAL: the copy failed")
+        return original(array)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "block_until_ready", fails_second)
+        with pytest.raises(evacuator._internals.RuntimeError, match="the copy failed"):
+            evacuator.restore()
+    assert 0 < evacuator.restore() < moved
+    assert [describe(a) for a in arrays] == before
+    assert evacuator.restore() == 0
+
+
 @given(
     sizes=st.lists(st.integers(1, 50), min_size=1, max_size=8),
     aliased=st.sets(st.integers(0, 7)),
