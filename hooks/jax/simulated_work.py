@@ -264,11 +264,13 @@ def _reading(original: Any, ledger: Ledger) -> Any:
     def read(array: Any) -> Any:
         if not on_simulated(array):
             return original(array)
-        index = _place(array) or 0
-        with _operation(ledger, "jax read", [index]):
+        moves: list[_Move] = [(place, None, nbytes) for place, nbytes in ledger.places(array)]
+        if array._sharding.is_fully_replicated:
+            del moves[1:]  # read from one of them
+        with _operation(ledger, "jax read", _summary(moves)[0]):
             answer = original(array)
             host = (answer[0] if isinstance(answer, tuple) else answer).copy()
-            ledger.cards[index].copied(host.nbytes)
+            _cross(ledger, moves)
         return (host, True) if isinstance(answer, tuple) else host
 
     return read

@@ -61,9 +61,10 @@ def patches(evacuator: JaxEvacuator) -> list[Callable[[Internals], None]]:
 
     def many_arrays(internals: Internals) -> None:
         """Functions that take arrays in a list, or one array first."""
-        for name in _MANY:
-            if hasattr(internals.xla_client, name):
-                replace(internals.xla_client, name, lambda original: in_region(original, _any_concerns))
+        for owner in (internals.xla_client, internals.extension):  # jax takes some of them from here, some from there
+            for name in _MANY:
+                if hasattr(owner, name):
+                    replace(owner, name, lambda original: in_region(original, _any_concerns))
         if hasattr(internals.extension, "shard_args"):  # NumPy arrays too, since 0.11, with jax_use_cpp_shard_args
 
             def shard(original: Any) -> Any:
