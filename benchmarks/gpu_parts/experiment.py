@@ -50,6 +50,8 @@ def _alone(part: Part, stage: Stage, size: jobs.Size) -> dict[str, Any]:
     found = {
         "seconds": job.program.seconds, "gpu_s": told["gpu_s"], "cpu_s": told["processor_s"] - on_gpu,
         "peak": watch.peak, "weights": told["weight_bytes"], "residues": [p["residues"] for p in told["proteins"]],
+        "first_seconds": first.program.seconds, "startup_s": told["startup_s"],
+        "steps_s": {step["name"]: round(step["seconds"], 3) for step in told["steps"]},
         "size": size.why, "options": list(size.options),
     }  # fmt: skip
     part.figures["alone"] = dict(found)

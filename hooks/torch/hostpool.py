@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from acb.client.hostmemory import RESERVE, available_bytes
+from acb.hooks.torch.pagelocks import make_pages
 
 SLAB = 256 << 20
 """Bytes of a slab; larger storages get one of their own."""
@@ -23,25 +24,26 @@ ALIGN = 512
 class Slab:
     """One map, filled from its start; `tenants` are the places in it that are in use."""
 
-    def __init__(
-        self, nbytes: int, register: Callable[[int, int], Any] | None, unregister: Callable[[int], Any] | None
-    ) -> None:
+    def __init__(self, nbytes: int) -> None:
         self.page_locked = False
         self.nbytes = nbytes
         self.filled = 0
         self.tenants: set[Place] = set()
+        self._unregister: Callable[[int], Any] | None = None
         self._map: Any = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         try:
             self._map.madvise(mmap.MADV_HUGEPAGE)
         except (AttributeError, OSError, ValueError):
             pass  # only quicker with it
+        self.address = int(torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr())
+
+    def lock(self, register: Callable[[int, int], Any], unregister: Callable[[int], Any] | None) -> None:
+        """Page-lock it, if that can be done: an ordinary copy, slower, works as well."""
         self._unregister = unregister
-        self._address = torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr()
-        if register is not None:
-            try:
-                self.page_locked = not int(register(self._address, nbytes))
-            except Exception:
-                pass  # an ordinary copy, slower, works as well
+        try:
+            self.page_locked = not int(register(self.address, self.nbytes))
+        except Exception:
+            pass
 
     def storage(self, offset: int, nbytes: int) -> Any:
         """The bytes at `offset` as a storage of exactly `nbytes`."""
@@ -51,7 +53,7 @@ class Slab:
         """Give the memory back; at once, if nothing looks at it any more."""
         if self.page_locked and self._unregister is not None:
             try:
-                self._unregister(self._address)
+                self._unregister(self.address)
             except Exception:
                 pass
         self.page_locked = False
@@ -119,7 +121,7 @@ class HostPool:
             for size in sizes:
                 stretch = -(-size // ALIGN) * ALIGN
                 roomy = next((slab for slab in slabs if slab.nbytes - slab.filled >= stretch), None)
-                slab = roomy or Slab(max(min(SLAB, _pages(total)), _pages(stretch)), self._register, self._unregister)
+                slab = roomy or Slab(max(min(SLAB, _pages(total)), _pages(stretch)))
                 if roomy is None:
                     made.append(slab)
                     slabs.insert(0, slab)
@@ -129,6 +131,7 @@ class HostPool:
                     slabs.remove(slab)
                 slab.tenants.add(place)
                 places.append(place)
+            self._page_lock(made)
         except (OSError, MemoryError, RuntimeError) as error:
             self.give_back(places)
             for slab in made:
@@ -136,6 +139,13 @@ class HostPool:
             raise MemoryError(f"the host gives no more memory: {error}") from None
         self._slabs.extend(made)
         return places
+
+    def _page_lock(self, slabs: list[Slab]) -> None:
+        if self._register is None or not slabs:
+            return
+        make_pages([(slab.address, slab.nbytes) for slab in slabs])
+        for slab in slabs:
+            slab.lock(self._register, self._unregister)
 
     def give_back(self, places: list[Place]) -> None:
         """These places are free again; their slabs stay in the pool."""

@@ -27,9 +27,15 @@ def sizes(site: Site) -> tuple[int, int]:
 
 def left_behind(site: Site, program: Program, held: int) -> None:
     """Wait until the broker knows what an evacuated program still has on the GPU, by the device's own count."""
-    by_device = site.processes().get(program.pid, 0)  # a process that NVML lists under another id is not known
-    assert by_device < held // 3
-    wait_until("what is left to be known", lambda: site.client(program)["resident"] >= by_device)
+
+    def by_device() -> int:  # its count lags behind
+        return site.processes().get(program.pid, 0)  # a process that NVML lists under another id is not known
+
+    wait_until("the device to count it as gone", lambda: by_device() < held // 3)
+    try:
+        wait_until("what is left to be known", lambda: site.client(program)["resident"] >= by_device())
+    except AssertionError:
+        pytest.fail(f"{site.client(program)} has {by_device()}, says the device; the broker: {site.broker_log()}")
 
 
 @users.both

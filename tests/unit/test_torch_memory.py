@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import mmap
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,6 +71,35 @@ def test_without_a_driver_nothing_is_page_locked(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
     assert pagelocks.page_locking() == ()
+
+
+def test_pages_are_made_and_zero() -> None:
+    with mmap.mmap(-1, 150 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory[5] = 7
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        pagelocks.make_pages([(address, 130 << 20), (address + (140 << 20), 10 << 20)])
+        assert memory[5] == 7
+        assert _resident(address, 150 << 20) >= 140 << 20
+        assert not any(memory[6 : 150 << 20 : 4096])
+        gc.collect()  # the address's array looks at the map
+
+
+def test_pages_that_cannot_be_made_are_left_to_their_first_use() -> None:
+    pagelocks.make_pages([(1 << 46, 200 << 20)])  # nothing is there
+    pagelocks.make_pages([])
+
+
+def _resident(address: int, nbytes: int) -> int:
+    """Bytes of a map that have pages, as the kernel says; maps side by side may be one to it."""
+    ours = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name = line.split()[0]
+        if "-" in name:
+            begin, end = (int(part, 16) for part in name.split("-"))
+            ours = begin <= address and address + nbytes <= end
+        elif ours and name == "Rss:":
+            return int(line.split()[1]) << 10
+    raise AssertionError("no such map")
 
 
 def segment(address: int, nbytes: int, stream: int) -> dict[str, int]:
