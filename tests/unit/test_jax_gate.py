@@ -113,6 +113,16 @@ routes = {
     "debug nans": lambda: watched_for_nans(),
 }
 
+try:
+    from jax._src.config import use_cpp_shard_args
+    routes["host data placed by C++"] = lambda: placed()
+except ImportError:
+    pass  # before 0.11
+
+def placed():
+    with use_cpp_shard_args(True):
+        return jitted(host), jax.device_put(host, pair.sharding)
+
 def disabled():
     with jax.disable_jit():
         return jitted(x)
@@ -193,6 +203,22 @@ for turn in range(20):
     gate.close(); gate.open(); opened = misses()
     answers.append([watched, reopened, opened])
 print(json.dumps({"compiled": len(compiled), "traced": len(traced), "answers": answers}))
+"""
+
+ADDRESS = """
+from acb.client.evacuation import EvacuationError
+gate.open()
+answers, other = [], jax.device_put(np.ones(3, np.float32))
+for name in ("unsafe_buffer_pointer", "unsafe_raw_buffer"):
+    x = jnp.arange(3) + 1
+    getattr(x, name, x.unsafe_buffer_pointer)()
+    try:
+        answers.append(evacuator.evacuate())
+    except EvacuationError as error:
+        answers.append(str(error))
+    del x
+answers.append(evacuator.evacuate())
+print(json.dumps(answers))
 """
 
 THREADS = """
@@ -289,6 +315,11 @@ def test_flipping_compiles_nothing_and_brings_the_fast_path_back() -> None:
 
 def test_threads_evacuated_in_the_middle_go_on_as_if_nothing_had_happened() -> None:
     assert run(THREADS) == []
+
+
+def test_an_array_whose_address_is_known_stays_until_it_is_dropped() -> None:
+    stays = "the program holds the GPU address of a jax array"
+    assert run(ADDRESS) == [stays, stays, 12]
 
 
 def test_a_program_on_the_cpu_alone_is_left_alone() -> None:
