@@ -1,4 +1,4 @@
-"""Where jax keeps what acb patches, from 0.4.30 to 0.11, and how one patch is put in place."""
+"""Where jax keeps what acb patches, from 0.4.30 to 0.12, and how one patch is put in place."""
 
 from __future__ import annotations
 

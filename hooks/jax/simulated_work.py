@@ -264,9 +264,9 @@ def _reading(original: Any, ledger: Ledger) -> Any:
     def read(array: Any) -> Any:
         if not on_simulated(array):
             return original(array)
-        moves: list[_Move] = [(place, None, nbytes) for place, nbytes in ledger.places(array)]
-        if array._sharding.is_fully_replicated:
-            del moves[1:]  # read from one of them
+        moves: list[_Move] = [(_place(array), None, array.nbytes)]
+        if not array._sharding.is_fully_replicated:  # each part from its own GPU
+            moves = [(place, None, nbytes) for place, nbytes in ledger.places(array)]
         with _operation(ledger, "jax read", _summary(moves)[0]):
             answer = original(array)
             host = (answer[0] if isinstance(answer, tuple) else answer).copy()

@@ -119,6 +119,7 @@ double(y); result["b"] = seen()
 double(spread); result["both"] = seen()
 jax.device_put(x, b); result["moved"] = seen()
 np.asarray(y); result["read"] = seen()
+np.asarray(spread); result["read of both"] = seen()
 print(json.dumps(result))
 """
 
@@ -188,6 +189,7 @@ def test_out_of_memory_is_each_gpus_own(cards: Path) -> None:
 def test_the_referee_of_each_card_sees_what_touches_it(cards: Path) -> None:
     assert run(cards, COMMON + REFEREE, ACB_GPUS="2") == {
         "a": [True, False], "b": [False, True], "both": [True, True], "moved": [True, True], "read": [False, True],
+        "read of both": [True, True],
     }  # fmt: skip
 
 
