@@ -188,6 +188,7 @@ class Grant(Message):
     `gpus`: the ordinals, separated by commas, of all GPUs that the process is to see, in the order of `visible`, when
     they are more than one: those of a client of several GPUs, or of its gang. `coming`: so many bytes more of headroom
     follow, with Headroom; until then the client may bring its memory back, as far as there is room, but not run.
+    `beside`: bytes of others' memory on the GPU that could make way, should the headroom not be enough.
     """
 
     type: ClassVar[str] = "grant"
@@ -196,6 +197,7 @@ class Grant(Message):
     headroom: int
     gpus: str = ""
     coming: int = 0
+    beside: int = 0
 
 
 @dataclass(frozen=True, slots=True)

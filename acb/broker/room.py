@@ -191,6 +191,15 @@ class Room:
         movable = sum([o.resident for o in left if not o.emptied or (self.driver and not o.driver_problem)])
         return self.want(client, gpu) > self.free(gpu, client) + movable
 
+    @staticmethod
+    def beside(client: Client) -> int:
+        """Bytes of others' memory on the client's fullest GPU that could make way."""
+        sums = []
+        for gpu in client.gpus:
+            others = [o for o in gpu.occupants.values() if o is not client and not (o.lease or o.evacuating)]
+            sums.append(sum([o.resident for o in others if not (o.emptied or o.unmovable)]))
+        return max(sums, default=0)
+
     def coming(self, gpu: Gpu, client: Client) -> bool:
         """Whether others are being evacuated from the GPU."""
         return any(other.evacuating for other in gpu.occupants.values() if other is not client)

@@ -356,7 +356,8 @@ class Scheduler:
         visible = ",".join([gpu.visible for gpu in unit.gpus]) if several else gpus[0].visible
         ordinals = ",".join([str(gpu.ordinal) for gpu in unit.gpus]) if several else ""
         coming = max(0, client.promised - client.headroom)
-        self._send(client.id, Grant(gpus[0].ordinal, visible, client.headroom, ordinals, coming))
+        beside = self._room.beside(client)
+        self._send(client.id, Grant(gpus[0].ordinal, visible, client.headroom, ordinals, coming, beside))
 
     def resumed(self, client: Client, now: float) -> None:
         """The driver has brought the memory of a client that has the lease back: now it may go on."""

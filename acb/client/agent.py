@@ -86,6 +86,8 @@ class Agent:
         self.gpu: int | None = None
         self.gpus: tuple[int, ...] = ()
         self.lease = False
+        self.beside = 0
+        """Bytes of others' memory on the GPU, as of the last grant, that could make way for more of ours."""
         self._evacuators = evacuators
         self._name = name
         self._simulated = simulated
@@ -443,6 +445,7 @@ class Agent:
 
     def _granted(self, grant: Grant) -> None:
         self.gpu, self._headroom, self._coming = grant.gpu, grant.headroom, grant.coming
+        self.beside = grant.beside
         self.gpus = tuple(map(int, grant.gpus.split(","))) if grant.gpus else (grant.gpu,)
         self.lease, self._requested, self._revoked = True, False, False
         self._memory.granted()

@@ -64,6 +64,11 @@ class Client:
         """Let the agent move this framework's memory."""
         self.evacuators.append(evacuator)
 
+    @property
+    def beside(self) -> int:
+        """Bytes of others' memory on the GPU that could make way when this program runs short."""
+        return self.agent.beside if self.gating else 0
+
     def more_room(self, nbytes: int) -> bool:
         """Inside a region: ask for `nbytes` beyond what is held now. True: it is there, try again."""
         return self.gating and self.agent.more_room(nbytes)

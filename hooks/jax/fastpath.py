@@ -7,6 +7,9 @@ region, and turning it back brings the old entries, and so the fast path, back. 
 A counted call need not be a slow one: within its region the option is off again for this thread alone, so that the
 call itself takes the fast path.
 
+The option is also on, with the gate open, while others' memory lies on the GPU that could make way: a call that runs
+out of memory in C++ never comes back to where it could be repeated, and a counted one does. That costs microseconds.
+
 A call that began before the option was turned runs on in C++ without being counted. The fence (see there) waits for
 it.
 """
@@ -22,6 +25,10 @@ from acb.client import runtime
 from acb.hooks.jax.fence import Fence
 from acb.hooks.jax.internals import Internals, on_gated, thread
 from acb.hooks.jax.option import make_option
+from acb.hooks.jax.room import call_with_room
+
+WORTH_IT = 1 << 30
+"""Bytes of others' memory for whose sake calls are counted: with less, what others have is little but CUDA contexts."""
 
 
 class Miss(NamedTuple):
@@ -70,7 +77,7 @@ class FastPath:
         self._turn(self._wanted)
 
     def open(self) -> None:
-        self._turn(True)
+        self._turn(runtime.client().beside < WORTH_IT)
 
     def watch(self) -> None:
         if self._active and self._on and not self.never:
@@ -115,7 +122,7 @@ class FastPath:
         return NEVER if sure else UNSURE
 
     def counts(self, args: tuple[Any, ...]) -> bool:
-        """Whether a call that has missed can be taken as a region on the fast path: the gate is watched or closed."""
+        """Whether a call that has missed can be taken as a region on the fast path: the option is on."""
         return (
             self._active
             and not (self._on or self.never or self._here.counted or thread.passes)
@@ -130,7 +137,7 @@ class FastPath:
             self._here.counted = True
             try:
                 with self._option.off_here():
-                    return function(*args, **kwargs)
+                    return call_with_room(function, args, kwargs)
             finally:
                 self._here.counted = False
         finally:

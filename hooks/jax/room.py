@@ -14,8 +14,8 @@ _ASKED = re.compile(r"allocat(?:e|ing)\s+([\d.]+)\s*(?:([KMGT])i?)?(?:B|bytes)",
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether jax says that a device's memory is exhausted."""
-    return isinstance(error, RuntimeError) and str(error).startswith("RESOURCE_EXHAUSTED")
+    """Whether jax says that a device's memory is exhausted; its C++ fast path raises a plain ValueError."""
+    return isinstance(error, (RuntimeError, ValueError)) and str(error).startswith("RESOURCE_EXHAUSTED")
 
 
 TRIES = 3
@@ -29,24 +29,29 @@ def asked_for(error: BaseException) -> int:
 
 
 def again_with_more_room(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The same callable; out of memory, it asks for room and tries again, unless that would not be the same call.
-
-    A failed computation may have consumed donated arguments already; then it is not repeated.
-    """
+    """The same callable, called by call_with_room()."""
 
     @like(original)
     def roomy(*args: Any, **kwargs: Any) -> Any:
-        for _ in range(TRIES):
-            try:
-                return original(*args, **kwargs)
-            except RuntimeError as error:
-                if thread.passes or not out_of_memory(error) or any(map(_consumed, args)):
-                    raise
-                if not runtime.client().more_room(asked_for(error) or 1):
-                    raise
-        return original(*args, **kwargs)  # the room is there by the broker's books, but not for this: jax's own error
+        return call_with_room(original, args, kwargs)
 
     return roomy
+
+
+def call_with_room(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call it; out of memory, ask for room and call it again, unless that would not be the same call.
+
+    A failed computation may have consumed donated arguments already; then it is not repeated.
+    """
+    for _ in range(TRIES):
+        try:
+            return function(*args, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            if thread.passes or not out_of_memory(error) or any(map(_consumed, args)):
+                raise
+            if not runtime.client().more_room(asked_for(error) or 1):
+                raise
+    return function(*args, **kwargs)  # the room is there by the broker's books, but not for this: jax's own error
 
 
 def _consumed(value: Any) -> bool:

@@ -564,7 +564,7 @@ def test_memory_that_fits_beside_stays_resident() -> None:
     broker = _broker(2, hint=400)
     broker.handle(1, Request(), 0.0)
     broker.handle(2, Request(), 0.0)
-    assert broker.handle(1, Yield(400, 400), 1.0) == [(2, Grant(0, "GPU-x", 400))]
+    assert broker.handle(1, Yield(400, 400), 1.0) == [(2, Grant(0, "GPU-x", 400, beside=400))]
     assert broker.clients[1].state == "resident"
 
 

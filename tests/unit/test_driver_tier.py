@@ -236,7 +236,7 @@ def test_what_the_holder_has_finds_its_place_beside_one_in_doubt(problem: str) -
     assert broker.clients[1].resident == 600
     broker.check()
     sends = broker.suspended(1, problem, 0.0, 2.0)
-    assert sends == [(3, Grant(0, "GPU-x", 500))] if not problem else sends[0].message == Evacuate()
+    assert sends == [(3, Grant(0, "GPU-x", 500, beside=100))] if not problem else sends[0].message == Evacuate()
     broker.check()
     if not problem:
         broker.gone(2, 3.0)

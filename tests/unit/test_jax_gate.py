@@ -272,6 +272,41 @@ print(json.dumps(wrong))
 """
 
 
+ROOM = """
+import resource
+gate.open()
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+def limit(more):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (more if more < 0 else used + more, resource.RLIM_INFINITY))
+asked = []
+def more_room(self, nbytes):
+    asked.append(nbytes)
+    limit(resource.RLIM_INFINITY)
+    return True
+runtime.Client.more_room = more_room
+f, g = jax.jit(lambda a: jnp.tile(a, 1 << 26) * 2), jax.jit(lambda a: a + 1)
+x = jnp.ones(1)
+answers = {}
+for name, beside in (("alone", 0), ("beside a little", 1 << 20), ("beside", 2 << 30)):
+    runtime.Client.beside = beside
+    gate.open()
+    f(x), f(x), g(x), g(x)
+    before = len(entered)
+    g(x)
+    counted = len(entered) - before
+    limit(100 << 20)
+    asked.clear()
+    try:
+        result = float(f(x)[-1])
+    except Exception as error:
+        result = str(error).partition(":")[0]
+    limit(resource.RLIM_INFINITY)
+    answers[name] = [counted, result, list(asked)]
+print(json.dumps(answers))
+"""
+
+
 def run(program: str, **environment: str) -> Any:
     """The JSON that a program prints last, run in a process of its own."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("ACB_", "JAX_", "XLA_"))}
@@ -313,6 +348,13 @@ def test_flipping_compiles_nothing_and_brings_the_fast_path_back() -> None:
         assert watched[0] >= 6
         assert reopened[0] >= 6
         assert opened[0] == 0
+
+
+def test_out_of_memory_beside_others_the_call_is_repeated_even_on_the_fast_path() -> None:
+    answers = run(ROOM)
+    for name in ("alone", "beside a little"):  # nobody could make room: calls go their fastest way
+        assert answers[name] == [0, "RESOURCE_EXHAUSTED", []]
+    assert answers["beside"] == [1, 2.0, [1 << 28]]
 
 
 def test_threads_evacuated_in_the_middle_go_on_as_if_nothing_had_happened() -> None:
