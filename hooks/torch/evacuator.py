@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from acb.client.evacuation import EvacuationError, batches, fullest
-from acb.hooks.torch import reach
+from acb.hooks.torch import devices, reach
 from acb.hooks.torch.hostpool import HostPool, Place
 from acb.hooks.torch.memory import OutOfMemoryError
 from acb.hooks.torch.pagelocks import page_locking
@@ -26,6 +26,10 @@ from acb.hooks.torch.peaks import Peaks
 from acb.hooks.torch.streams import Owners, Streams, owners
 
 cuda: Any = torch.cuda
+
+
+AHEAD = 5 << 28
+"""Bytes, about, whose copies are begun before all memory has been found: beside an H100 that took some 20 ms."""
 
 
 class _Parked:
@@ -61,6 +65,7 @@ class TorchEvacuator:
         self._real = not _is_simulated() and (torch.version.cuda is not None or torch.version.hip is not None)
         self._pool = pool if pool is not None else HostPool(*(page_locking() if self._real else ()))
         self._parked: list[_Parked] = []
+        self._came_back: list[weakref.ref[Any]] = []  # what restore() has brought back
         self._streams: dict[int, Any] = {}
         self._allocating = Streams()
 
@@ -68,7 +73,7 @@ class TorchEvacuator:
         """The evacuator of a forked child, which holds nothing."""
         fresh = copy.copy(self)
         fresh._pool = self._pool.anew()
-        fresh._parked = []
+        fresh._parked, fresh._came_back = [], []
         fresh._streams = {}
         fresh._allocating = Streams()
         return fresh
@@ -113,25 +118,8 @@ class TorchEvacuator:
 
     def evacuation(self, piece: int = 0) -> Generator[int]:
         """See acb.client.evacuation.Evacuator."""
-        storages = reach.find_storages()
-        obstacle = reach.obstacle(storages)
-        if obstacle is not None:
-            raise EvacuationError(f"PyTorch's memory has to stay on the GPU: {obstacle}")
-        # Memory that belongs to another framework or process is not ours to move, and stays.
-        storages = [storage for storage in storages if storage.resizable()]
         in_pieces = piece > 0 and len(self._ordinals()) == 1
-        if in_pieces:
-            # What lies side by side goes together: only a block of the allocator's that is empty can be given back.
-            storages.sort(key=lambda storage: int(storage.data_ptr()))
-        sizes = [int(torch._C.StorageBase.nbytes(storage)) for storage in storages]
-        try:
-            with self._on_used_device():
-                places = self._pool.take(sizes)
-        except MemoryError as error:
-            raise EvacuationError(f"no room in host memory for {sum(sizes)} bytes of PyTorch's: {error}") from None
-        pairs = zip(storages, places, strict=True)
-        pieces = list(batches(zip(pairs, sizes, strict=True), piece if in_pieces else 0))
-        storages = []
+        pieces = list(batches(self._booked(in_pieces), piece if in_pieces else 0))
         try:
             yield 0
             self.synchronize()
@@ -140,14 +128,76 @@ class TorchEvacuator:
                 yield self._move_out(pieces[0], known)
                 del pieces[0]
         finally:
-            self._pool.give_back([place for pairs in pieces for _, place in pairs])
+            self._call_off([pair for pairs in pieces for pair in pairs])
+
+    def _booked(self, in_order: bool) -> list[tuple[tuple[Any, Place], int]]:
+        """Every storage that is to leave, with its place in host memory, and its bytes."""
+        ahead = self._begin()
+        try:
+            storages = reach.find_storages()
+            obstacle = reach.obstacle(storages)
+            if obstacle is not None:
+                raise EvacuationError(f"PyTorch's memory has to stay on the GPU: {obstacle}")
+            # Memory that belongs to another framework or process is not ours to move, and stays.
+            storages = [storage for storage in storages if storage.resizable()]
+            places = {storage._cdata: place for storage, place in ahead}
+            rest = [storage for storage in storages if storage._cdata not in places]
+            sizes = [_nbytes(storage) for storage in rest]
+            try:
+                with self._on_used_device():
+                    more = self._pool.take(sizes, [place for _, place in ahead])
+            except MemoryError as error:
+                raise EvacuationError(f"no room in host memory for {sum(sizes)} bytes of PyTorch's: {error}") from None
+            places.update(zip([storage._cdata for storage in rest], more, strict=True))
+        except BaseException:
+            self._call_off(ahead)
+            raise
+        found = {storage._cdata for storage in storages}
+        self._call_off([(storage, place) for storage, place in ahead if storage._cdata not in found])
+        if in_order:
+            # What lies side by side goes together: only a block of the allocator's that is empty can be given back.
+            storages.sort(key=lambda storage: int(storage.data_ptr()))
+        return [((storage, places[storage._cdata]), _nbytes(storage)) for storage in storages]
+
+    def _begin(self) -> list[tuple[Any, Place]]:
+        """Begin to copy some of what came back last time, and most likely leaves again. Nothing is changed by that."""
+        refs, self._came_back = self._came_back, []
+        storages = [storage for storage in [ref() for ref in refs] if storage is not None]
+        storages = [s for s in storages if s.device.type in devices.GATED and _nbytes(s) and s.resizable()]
+        storages.sort(key=lambda storage: int(storage.data_ptr()))
+        chosen = next(batches([(storage, _nbytes(storage)) for storage in storages], AHEAD), [])
+        begun: list[tuple[Any, Place]] = []
+        try:
+            with self._on_used_device():
+                places = self._pool.take([_nbytes(storage) for storage in chosen])
+        except MemoryError:
+            return []  # whoever takes places for all will say so
+        begun = list(zip(chosen, places, strict=True))
+        try:
+            self.synchronize()
+            with _Copying(self._streams, chosen, self._real, wait=False):
+                for storage, place in begun:
+                    self._copy(place.storage(), storage, place.slab.page_locked)
+                    place.filled = True
+        except RuntimeError:
+            self._call_off(begun)
+            return []  # it will fail again, and be reported
+        return begun
+
+    def _call_off(self, pairs: list[tuple[Any, Place]]) -> None:
+        """These storages do not leave: their places are free, once nothing is being copied there any more."""
+        if any(place.filled for _, place in pairs):
+            with contextlib.suppress(RuntimeError), _Copying(self._streams, [s for s, _ in pairs], self._real):
+                pass
+        self._pool.give_back([place for _, place in pairs])
 
     def _move_out(self, pairs: list[tuple[Any, Place]], known: Owners) -> int:
         """Move storages to their places, all or none: the bytes moved. What is not to be given back leaves `pairs`."""
         try:
             with _Copying(self._streams, [storage for storage, _ in pairs], self._real):
                 for storage, place in pairs:
-                    self._copy(place.storage(), storage, place.slab.page_locked)
+                    if not place.filled:
+                        self._copy(place.storage(), storage, place.slab.page_locked)
         except (RuntimeError, MemoryError) as error:
             raise EvacuationError(f"PyTorch could not copy its memory to the host: {error}") from None
         moved = fullest((_ordinal(storage), place.nbytes) for storage, place in pairs)
@@ -207,6 +257,7 @@ class TorchEvacuator:
                     self._resize(storage, 0)
             raise
         moved = fullest((parked.ordinal, parked.nbytes) for _, parked in back)
+        self._came_back += [weakref.ref(storage) for storage, _ in back]
         self._pool.give_back([parked.place for _, parked in back])
         done = {id(parked) for _, parked in back}
         self._parked = [parked for parked in self._parked if id(parked) not in done and parked.storage() is not None]
@@ -214,12 +265,14 @@ class TorchEvacuator:
 
 
 class _Copying:
-    """Copies between host and GPU started inside run side by side, on a stream of their own, and are done at its end.
+    """Copies between host and GPU started inside run side by side, on a stream of their own, and are done at its end,
+    or, with `wait` off, at the next one's for the same GPUs.
 
     Without a real GPU there are no streams, and each copy is done when it returns.
     """
 
-    def __init__(self, streams: dict[int, Any], storages: list[Any], real: bool) -> None:
+    def __init__(self, streams: dict[int, Any], storages: list[Any], real: bool, *, wait: bool = True) -> None:
+        self._wait = wait
         self._ordinals = sorted(set(map(_ordinal, storages))) if real else []
         self._streams = streams
         self._contexts: list[Any] = []
@@ -236,8 +289,13 @@ class _Copying:
     def __exit__(self, *error: Any) -> None:
         while self._contexts:
             self._contexts.pop().__exit__(None, None, None)
-        for ordinal in self._ordinals:
+        for ordinal in self._ordinals if self._wait else ():
             self._streams[ordinal].synchronize()
+
+
+def _nbytes(storage: Any) -> int:
+    """Its size, past every hook."""
+    return int(torch._C.StorageBase.nbytes(storage))
 
 
 def _ordinal(storage: Any) -> int:

@@ -65,14 +65,15 @@ class Slab:
 
 
 class Place:
-    """A stretch of a slab that holds one storage's bytes."""
+    """A stretch of a slab that holds one storage's bytes. `filled`: they are there, or on their way."""
 
-    __slots__ = ("nbytes", "offset", "slab")
+    __slots__ = ("filled", "nbytes", "offset", "slab")
 
     def __init__(self, slab: Slab, offset: int, nbytes: int) -> None:
         self.slab = slab
         self.offset = offset
         self.nbytes = nbytes
+        self.filled = False
 
     def storage(self) -> Any:
         """The bytes, as a storage on the host."""
@@ -105,40 +106,43 @@ class HostPool:
         """Bytes of host memory in the pool, used or not."""
         return sum(slab.nbytes for slab in self._slabs)
 
-    def take(self, sizes: list[int]) -> list[Place]:
-        """A place for each size in bytes. Raises MemoryError, with nothing taken, when the host has not enough."""
-        places: list[Place] = []
+    def take(self, sizes: list[int], beside: list[Place] | None = None) -> list[Place]:
+        """A place for each size in bytes, in slabs that are empty, or that these other places were the last to be put
+        into. Raises MemoryError, with nothing taken, when the host has not enough.
+        """
+        places: list[Place | None] = [None] * len(sizes)
         slabs = [slab for slab in self._slabs if not slab.tenants]
         for slab in slabs:
             slab.filled = 0
+        slabs += dict.fromkeys(place.slab for place in beside or ())
+        slabs.sort(key=lambda slab: slab.nbytes)  # a large one is for what needs it, as far as there are others
         total = sum(-(-size // ALIGN) * ALIGN for size in sizes)
-        new = max(0, total - sum(slab.nbytes for slab in slabs))
+        new = max(0, total - sum(slab.nbytes - slab.filled for slab in slabs))
         left = self._available()
         if left is not None and new + RESERVE > left:
             raise MemoryError(f"{new} bytes more are needed and the host has {max(0, left - RESERVE)} to give")
         made: list[Slab] = []
         try:
-            for size in sizes:
-                stretch = -(-size // ALIGN) * ALIGN
+            for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+                stretch = -(-sizes[index] // ALIGN) * ALIGN
                 roomy = next((slab for slab in slabs if slab.nbytes - slab.filled >= stretch), None)
                 slab = roomy or Slab(max(min(SLAB, _pages(total)), _pages(stretch)))
                 if roomy is None:
                     made.append(slab)
                     slabs.insert(0, slab)
-                place = Place(slab, slab.filled, size)
+                place = places[index] = Place(slab, slab.filled, sizes[index])
                 slab.filled += stretch
                 if slab.nbytes - slab.filled < ALIGN:
                     slabs.remove(slab)
                 slab.tenants.add(place)
-                places.append(place)
             self._page_lock(made)
         except (OSError, MemoryError, RuntimeError) as error:
-            self.give_back(places)
+            self.give_back([place for place in places if place is not None])
             for slab in made:
                 slab.close()
             raise MemoryError(f"the host gives no more memory: {error}") from None
         self._slabs.extend(made)
-        return places
+        return [place for place in places if place is not None]
 
     def _page_lock(self, slabs: list[Slab]) -> None:
         if self._register is None or not slabs:

@@ -545,6 +545,47 @@ def test_pieces_that_are_gone_stay_gone_when_a_later_one_fails(
 # --- host memory ----------------------------------------------------------------------------------------------------
 
 
+def test_copies_begun_ahead_are_called_off_when_something_has_to_stay(card: Card) -> None:
+    evacuator = TorchEvacuator()
+    kept = [torch.full((MIB // 4,), float(n), device="cuda") for n in range(3)]
+    there_and_back(evacuator, card)
+    reach.pin(kept[1], "is known to a library")
+    for _ in range(2):  # the second time nothing is known of what came back
+        with pytest.raises(EvacuationError, match="has to stay"):
+            on_own_thread(evacuator.evacuate)
+        assert not any(slab.tenants for slab in evacuator._pool._slabs)
+    kept[1] = kept[0] * 2
+    gc.collect()  # the errors' frames still know the one before
+    there_and_back(evacuator, card)
+    assert [int(tensor.sum().item()) for tensor in kept] == [0, 0, 2 * MIB // 4]
+
+
+def test_what_is_copied_ahead_is_what_is_there_now(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    evacuator = TorchEvacuator()
+    kept = [torch.full((MIB // 4,), float(n), device="cuda") for n in range(4)]
+    there_and_back(evacuator, card)
+    kept[0] += 7
+    del kept[2]
+    kept.append(torch.full((MIB // 4,), 9.0, device="cuda"))
+    began: list[int] = []
+    find = reach.find_storages
+    copied: list[Any] = []
+    copy = evacuator._copy
+
+    def count(*args: Any) -> Any:
+        copied.append(args)
+        return copy(*args)
+
+    monkeypatch.setattr(evacuator, "_copy", count)
+    monkeypatch.setattr(reach, "find_storages", lambda: (began.append(len(copied)), find())[1])
+    moved = on_own_thread(evacuator.evacuate)
+    assert began == [3]
+    assert len(copied) == 4
+    assert card.held() == 0
+    assert on_own_thread(evacuator.restore) == moved
+    assert [int(tensor[0].item()) for tensor in kept] == [7, 1, 3, 9]
+
+
 def test_what_is_dropped_while_evacuated_frees_its_host_memory(card: Card) -> None:
     evacuator = TorchEvacuator()
     kept = torch.arange(10.0, device="cuda")
@@ -612,6 +653,19 @@ def test_places_in_the_pool_never_overlap(rounds: list[list[int]]) -> None:
     pool.give_back(previous)
     pool.trim()
     assert pool.held() == 0
+
+
+def test_small_ones_leave_a_large_slab_to_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("acb.hooks.torch.hostpool.SLAB", MIB)
+    pool = HostPool()
+    held = 0
+    for _ in range(3):
+        begun = pool.take([100])
+        places = pool.take([5000, 3 * MIB, 700], begun)
+        assert [place.nbytes for place in places] == [5000, 3 * MIB, 700]
+        held = held or pool.held()
+        assert pool.held() == held < 5 * MIB
+        pool.give_back(begun + places)
 
 
 def test_page_locking_is_undone_with_the_slab() -> None:
