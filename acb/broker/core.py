@@ -26,12 +26,13 @@ from dataclasses import replace
 from typing import Any
 
 from acb.broker import invariants
-from acb.broker.doubts import Doubts
 from acb.broker.learning import Profile, Programs
+from acb.broker.leases import Leases
 from acb.broker.policies import Policy
 from acb.broker.room import STEADY, Room
 from acb.broker.schedule import Scheduler
 from acb.broker.state import Client, Found, Gpu, Send, Unit
+from acb.broker.suspension import Suspension
 from acb.config import format_size
 from acb.protocol import (
     VERSION,
@@ -67,8 +68,9 @@ class Broker:
         self._log: deque[tuple[float | None, int, Message | str]] = deque(maxlen=200)
         self._out: list[Send] = []
         self._room = Room(policy, self._send)
-        self.scheduler = Scheduler(gpus, self.clients, policy, self._room, self._send)
-        self._doubts = Doubts(self.clients, self._room, self._park)
+        self._leases = Leases(policy, self._room, self._send)
+        self.scheduler = Scheduler(gpus, self.clients, policy, self._room, self._leases, self._send)
+        self._suspension = Suspension(gpus, self.clients, self._room, self._leases, self.scheduler, self._send)
         self._handlers: dict[type[Message], Callable[[Client, Any, float], None]] = {
             Request: self._request,
             Yield: self._yield,
@@ -136,65 +138,30 @@ class Broker:
         """Whether the driver can move what frameworks cannot, by the instructions Suspend and Resume; and whether it
         can bring it back on another GPU."""
         self._log.append((now, 0, f"driver tier {'on' if available else 'off'}"))
-        self._room.driver, self._room.migrates = available, available and migrates
-        for client in list(self._room.unmovable.values()):
-            self._room.cannot_move(client, client.unmovable)
-        self.scheduler.touch_all()
+        self._suspension.available(available, migrates=migrates)
         return self._finish(now)
 
     def suspended(self, client_id: int, problem: str, seconds: float, now: float) -> list[Send]:
-        """Answer to Suspend, or about a client in doubt: its memory is on the host, '' being the problem; else it is
-        where it was."""
+        """The driver's answer to Suspend, or about a client in doubt; see Suspension.suspended()."""
         self._log.append((now, client_id, f"suspended {problem}"))
         client = self.clients.get(client_id)
-        if client is not None and (client.suspending or client_id in self._doubts):
-            if client_id in self._doubts:
-                self._doubts.told(client, suspended=not problem)
-            else:
-                client.evacuating = client.suspending = False
-                client.driver_problem = problem
-                if not problem:
-                    self._park(client, client.resident)
-                    client.evacuation_seconds += max(0.0, seconds)
-            self._room.cannot_move(client, client.unmovable)
-            self.scheduler.requeue(client.unit, now)
-            self.scheduler.touch(*client.gpus)
+        if client is not None:
+            self._suspension.suspended(client, problem, seconds, now)
         return self._finish(now)
 
     def resumed(
         self, client_id: int, problem: str, now: float, *, lost: bool = False, kept: bool = False
     ) -> list[Send]:
-        """Answer to Resume: the client's memory is back, '' being the problem; else it is asked for again later.
-
-        `lost`: nothing can bring it back. What the client asks for is refused from now on. `kept`: it is on the host as
-        before, for sure, and may still come back on any GPU. When its time is over then, others have theirs first.
-        """
+        """The driver's answer to Resume; see Suspension.resumed()."""
         self._log.append((now, client_id, f"resumed {problem}"))
         client = self.clients.get(client_id)
-        if client is not None and client.resuming:
-            if not problem:
-                back, client.parked = client.parked, 0
-                client.evacuated -= back
-                self._room.measure(client, client.resident + back)  # the driver has found room, whatever the books say
-                self.scheduler.resumed(client, now)
-            elif lost:
-                client.refusal = f"the driver cannot bring back the memory of process {client.pid}: {problem}"
-                client.resuming = client.lease = False
-                del self._room.suspended[client.id]
-                client.promised = 0
-                for gpu in client.gpus:
-                    gpu.holders.discard(client.id)
-                self._room.settle(client)
-                self._send(client.id, Refused(client.refusal))
-                self._close_unit(client.unit, now)
-                self.scheduler.touch(*client.gpus)
-            elif kept and client.origin is not None:
-                self._stay(client, client.origin, now)
-            elif kept and client.unit.preempt_at is not None and client.unit.preempt_at <= now:
-                self._step_back(client, now)
-            else:
-                self.scheduler.resume_later(client, now)
+        if client is not None:
+            self._suspension.resumed(client, problem, now, lost=lost, kept=kept)
         return self._finish(now)
+
+    def in_doubt(self, client_id: int) -> bool:
+        """Whether it has to be asked what the driver has of the client; suspended() takes the answer."""
+        return client_id in self._suspension.doubts
 
     @property
     def suspended_clients(self) -> Mapping[int, Client]:
@@ -208,58 +175,6 @@ class Broker:
             self._log.append((now, client_id, "blocked in the driver"))
             self._request(client, Request(), now)
         return self._finish(now)
-
-    def _stay(self, client: Client, home: Gpu, now: float) -> None:
-        """It could not be brought back on another GPU: it waits where its memory was, and in its old place."""
-        unit, asked_at = client.unit, client.unit.asked_at
-        self._take_lease(client, now)
-        self.scheduler.move(client, home)
-        client.waiting = client.stays = True
-        self.scheduler.enqueue(unit, now)
-        unit.asked_at = asked_at
-        self.scheduler.requeue(unit, now)
-
-    def _step_back(self, client: Client, now: float) -> None:
-        """It could not be brought back in its time, and others wait: it does so again, behind them."""
-        unit = client.unit
-        self._take_lease(client, now)
-        if unit.active:  # others of its gang have not stopped yet
-            self.scheduler.pause(client, now)
-        self._wait(client, now)
-
-    def _take_lease(self, client: Client, now: float) -> None:
-        """From one that is still suspended, and has not heard of it."""
-        for gpu in client.gpus:
-            gpu.holders.discard(client.id)
-        client.resuming = client.lease = client.revoked = False
-        client.headroom = client.promised = 0
-        self._room.settle(client)
-        self._close_unit(client.unit, now)
-
-    def in_doubt(self, client_id: int) -> bool:
-        """Whether it has to be asked what the driver has of the client; suspended() takes the answer."""
-        return client_id in self._doubts
-
-    def _find(self, client: Client, found: Found) -> None:
-        """A broker before this one had the driver move its memory, or was about to."""
-        if not client.gpus or client.lease:
-            return
-        self._park(client, found.nbytes)
-        for gpu in self.gpus:
-            if found.onto and gpu.visible == found.onto and gpu not in client.gpus and client.unit.size == 1:
-                self.scheduler.move(client, gpu)
-                client.stays = True
-        self._doubts.begin(client)
-
-    def _park(self, client: Client, nbytes: int) -> None:
-        """The driver has so much of it on the host."""
-        client.suspended, client.emptied, client.stays = True, False, False
-        client.evacuating = client.suspending = client.in_pieces = False
-        self._room.suspended[client.id] = client
-        client.parked = min(nbytes, min(gpu.capacity for gpu in client.gpus) - client.evacuated)
-        client.evacuated += client.parked
-        client.resident = 0
-        self._room.settle(client)
 
     def tick(self, now: float) -> list[Send]:
         """It is `wake_at`, or later."""
@@ -283,8 +198,8 @@ class Broker:
                 self._narrow = False
                 for client in self.clients.values():
                     if client.lease:
-                        self.scheduler.widen(client)
-            self._doubts.book(now)
+                        self._leases.widen(client)
+            self._suspension.doubts.book(now)
             self.scheduler.run(now)
         out, self._out = self._out, []
         return out
@@ -325,10 +240,10 @@ class Broker:
             self._room.measure(client, hello.resident, hello.peak)
             client.evacuated = min(min(gpu.capacity for gpu in client.gpus), max(0, hello.evacuated))
             if hello.holding:
-                self.scheduler.resume(client, now, alone=not self.recovering)
+                self._leases.keep(client, now, alone=not self.recovering)
                 self._narrow = True
         if found is not None:
-            self._find(client, found)
+            self._suspension.find(client, found)
         self.scheduler.touch(*client.gpus)
         self._send(client_id, Welcome(VERSION, client_id, lease=client.lease, stranded=client.stranded))
 
@@ -392,13 +307,12 @@ class Broker:
         client.resident = 0
         self._room.settle(client)
         self._room.cannot_move(client, "")
-        self._room.suspended.pop(client.id, None)
-        self._doubts.end(client)
+        self._suspension.forget(client)
         for gpu in gpus:
             gpu.holders.discard(client.id)
             gpu.bound.discard(client.id)
         del unit.members[client.rank]
-        self._close_unit(unit, now)
+        self.scheduler.vacate(unit, now)
         if unit.queued and not unit.wanting():
             self.scheduler.dequeue(unit, now)
         if not unit.members:
@@ -423,7 +337,7 @@ class Broker:
         if client.gap:
             client.profile.gap(now - client.yielded_at)
             client.gap = False
-        self._wait(client, now)
+        self.scheduler.wait(client, now)
 
     def _impossible(self, client: Client) -> str:
         """Why the client can never get what it asks for; '': it can."""
@@ -451,10 +365,6 @@ class Broker:
             )
         size = format_size(largest)
         return f"{what} asks for {format_size(floor)} of GPU memory, but the largest GPU has {size}; {advice}"
-
-    def _wait(self, client: Client, now: float) -> None:
-        client.waiting, client.asked_at = True, now
-        self.scheduler.enqueue(client.unit, now)
 
     def _yield(self, client: Client, message: Yield, now: float) -> None:
         if not client.lease:
@@ -484,31 +394,17 @@ class Broker:
             client.room_wanted = 0
             self._send(client.id, RoomAnswer(False, "the lease was given back"))
         revoked = unit.preempt_at is not None
-        self._close_unit(unit, now)
+        self.scheduler.vacate(unit, now)
         if message.wants:
             if unit.active and revoked:
                 self.scheduler.pause(client, now)
-            self._wait(client, now)
+            self.scheduler.wait(client, now)
         self.scheduler.touch(*client.gpus)
 
     @staticmethod
     def _partly_back(client: Client, resident: int) -> None:
         """What has come to the GPU of a client that has not run yet is not in host memory any more."""
         client.evacuated -= max(0, min(client.evacuated, resident - client.resident))
-
-    def _close_unit(self, unit: Unit, now: float) -> None:
-        """A member has given its lease back: with the last one the unit's slots are free."""
-        if not unit.active or any(client.lease for client in unit.members.values()):
-            return
-        unit.active = unit.backfilled = False
-        unit.preempt_at = unit.contender = None
-        for gpu in unit.gpus:
-            gpu.units.remove(unit)
-        self.scheduler.touch(*unit.gpus)
-        self.policy.served(unit, now - unit.granted_at, now)
-        self.policy.left(unit, now)
-        for client in unit.wanting():
-            self._wait(client, now)
 
     def _evacuated(self, client: Client, message: Evacuated, now: float) -> None:
         if not client.evacuating or client.suspending:

@@ -14,13 +14,14 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 from acb.broker import migration
+from acb.broker.leases import Leases
 from acb.broker.migration import EVEN
 from acb.broker.policies import Policy
-from acb.broker.policies.base import MAX_QUANTUM, swap_seconds
+from acb.broker.preemption import Preemption
 from acb.broker.room import Room
 from acb.broker.state import Client, Gpu, Unit
 from acb.config import format_size
-from acb.protocol import Grant, Headroom, Message, Revoke, Uncontended
+from acb.protocol import Message, Revoke
 from acb.protocol import Room as RoomAnswer
 
 PATIENCE = 0.25
@@ -61,13 +62,16 @@ class Scheduler:
         clients: Mapping[int, Client],
         policy: Policy,
         room: Room,
+        leases: Leases,
         send: Callable[[int, Message], None],
     ) -> None:
         self._gpus = list(gpus)
         self._clients = clients
         self._policy = policy
         self._room = room
+        self._leases = leases
         self._send = send
+        self._preemption = Preemption(policy, room, send)
         self._order = itertools.count(1)
         self._dirty: dict[Gpu, None] = {}
         self._paused: dict[int, Client] = {}
@@ -83,6 +87,11 @@ class Scheduler:
     def touch_all(self) -> None:
         """Everything may have changed."""
         self.touch(*self._gpus)
+
+    def wait(self, client: Client, now: float) -> None:
+        """The client asks for a lease."""
+        client.waiting, client.asked_at = True, now
+        self.enqueue(client.unit, now)
 
     def enqueue(self, unit: Unit, now: float) -> None:
         """A member waits. Its GPUs are chosen now if they have not been."""
@@ -112,6 +121,20 @@ class Scheduler:
             self._policy.left(unit, now)
         unit.queued, unit.ticket = False, unit.ticket + 1
         self.touch(*unit.gpus)
+
+    def vacate(self, unit: Unit, now: float) -> None:
+        """A member has given its lease back: with the last one the unit's slots are free."""
+        if not unit.active or any(client.lease for client in unit.members.values()):
+            return
+        unit.active = unit.backfilled = False
+        unit.preempt_at = unit.contender = None
+        for gpu in unit.gpus:
+            gpu.units.remove(unit)
+        self.touch(*unit.gpus)
+        self._policy.served(unit, now - unit.granted_at, now)
+        self._policy.left(unit, now)
+        for client in unit.wanting():
+            self.wait(client, now)
 
     def _assign(self, unit: Unit) -> None:
         """Choose GPUs: a single unit may still go elsewhere until it has been let in, several GPUs are for good."""
@@ -199,14 +222,14 @@ class Scheduler:
         for unit in dict.fromkeys(unit for gpu in seen for unit in gpu.units):
             seen |= dict.fromkeys(unit.gpus)  # where others share with it, another may be the first to go now
         for unit in dict.fromkeys(unit for gpu in seen for unit in gpu.units):
-            self._contend(unit, now)
+            self._preemption.contend(unit, now)
 
     def _serve(self, gpu: Gpu, now: float) -> None:
         """Answer those who run there; then let in whoever is next while it fits, else make way for him."""
         for running in gpu.units:
             for client in running.members.values():
                 if client.promised:
-                    self._advance(client, gpu, now)
+                    self._leases.advance(client, gpu, now)
                 if client.room_wanted and not client.promised and gpu in client.gpus:
                     self._answer_room(client, now)
                 elif client.waiting and gpu in client.gpus and client.id not in self._paused:
@@ -280,7 +303,7 @@ class Scheduler:
             return Admission.COMING
         there = self._room.make_all([(gpu, client, self._room.want(client, gpu)) for gpu, client in wanting], now)
         if not there and any(self._room.coming(gpu, client) for gpu, client in wanting):
-            if overtaking or not self._follow(*wanting[0]):
+            if overtaking or not self._leases.follow(*wanting[0]):
                 return Admission.COMING
         else:
             # What one has must have room in any case; with less than one needs, one may try where others cannot move.
@@ -295,34 +318,10 @@ class Scheduler:
             gpu.units.append(unit)
             gpu.patience = MIN_PATIENCE
         for client in dict.fromkeys(client for _, client in wanting):
-            self._grant(client, now)
+            self._leases.grant(client, now)
         if unit.size > 1:
             self.touch(*unit.gpus)  # there, too, somebody else is the first now
         return Admission.GRANTED
-
-    def _follow(self, gpu: Gpu, client: Client) -> bool:
-        """Whether the client may come in behind those who are leaving: it can, a piece is there, and all will be."""
-        leaving = [other for other in gpu.occupants.values() if other.evacuating and other is not client]
-        want = self._room.want(client, gpu)
-        if (
-            not self._room.follows(gpu, client)
-            or not any(other.in_pieces for other in leaving)
-            or want > self._room.free(gpu, client) + sum([other.resident for other in leaving])
-        ):
-            return False
-        client.promised = want
-        return True
-
-    def _advance(self, client: Client, gpu: Gpu, now: float) -> None:
-        """Hand a client that brings its memory back what others have left since; at last with what there is."""
-        promised = min(client.promised, max(client.headroom, self._room.want(client, gpu)))
-        complete = self._room.make(gpu, client, promised, now)
-        headroom = max(client.headroom, min(promised, self._room.free(gpu, client)))
-        client.promised = promised if not complete and self._room.coming(gpu, client) else 0
-        if headroom > client.headroom or not client.promised:
-            client.headroom = headroom
-            self._room.settle(client)
-            self._send(client.id, Headroom(headroom, max(0, client.promised - headroom)))
 
     def _admit_member(self, client: Client, now: float) -> None:
         """Let in a member of a gang that runs; at worst with the room that there is."""
@@ -331,73 +330,14 @@ class Scheduler:
         needs = [(gpu, client, self._room.want(client, gpu)) for gpu in client.gpus]
         if not self._room.make_all(needs, now) and any(self._room.coming(gpu, client) for gpu in client.gpus):
             return
-        self._grant(client, now)
+        self._leases.grant(client, now)
         if client.unit.preempt_at is not None:
             self._send(client.id, Revoke(max(0.0, client.unit.preempt_at - now)))
             client.revoked = True
 
-    def _grant(self, client: Client, now: float) -> None:
-        gpus = client.gpus
-        client.headroom = min([min(self._room.want(client, gpu), self._room.free(gpu, client)) for gpu in gpus])
-        client.waiting, client.lease, client.emptied = False, True, False
-        client.granted_at = client.started_at = now
-        self._room.settle(client)
-        for gpu in gpus:
-            gpu.holders.add(client.id)
-        if client.suspended:
-            client.resuming = True
-            self._send(client.id, migration.resume(client))
-        else:
-            self._tell_granted(client)
-
-    def _tell_granted(self, client: Client) -> None:
-        gpus, unit = client.gpus, client.unit
-        several = len(unit.gpus) > 1
-        visible = ",".join([gpu.visible for gpu in unit.gpus]) if several else gpus[0].visible
-        ordinals = ",".join([str(gpu.ordinal) for gpu in unit.gpus]) if several else ""
-        coming = max(0, client.promised - client.headroom)
-        beside = self._room.beside(client)
-        self._send(client.id, Grant(gpus[0].ordinal, visible, client.headroom, ordinals, coming, beside))
-
-    def resumed(self, client: Client, now: float) -> None:
-        """The driver has brought the memory of a client that has the lease back: now it may go on."""
-        client.resuming = client.suspended = False
-        client.origin = None
-        del self._room.suspended[client.id]
-        client.started_at = now
-        self._tell_granted(client)
-        if client.unit.preempt_at is not None:
-            self._send(client.id, Revoke(max(0.0, client.unit.preempt_at - now)))
-
     def resume_later(self, client: Client, now: float) -> None:
         """The driver could not yet: try again."""
         heapq.heappush(self._timers, (now + RETRY, client.id))
-
-    def resume(self, client: Client, now: float, *, alone: bool) -> bool:
-        """A client of a broker before this one says that it holds the lease: whether it may keep it.
-
-        Unless it is `alone`, others have still to say what they have, and it is promised no more than it has needed.
-        """
-        unit = client.unit
-        if not unit.active:
-            if any(gpu.full for gpu in unit.gpus):
-                return False
-            unit.active, unit.granted_at = True, now
-            self._policy.joined(unit, now)
-            for gpu in unit.gpus:
-                gpu.units.append(unit)
-        client.lease, client.granted_at, client.started_at = True, now, now
-        for gpu in client.gpus:
-            gpu.holders.add(client.id)
-        self.widen(client, None if alone else max(client.resident, client.peak))
-        return True
-
-    def widen(self, client: Client, most: int | None = None) -> None:
-        """Promise a holder what it should have, as far as there is room, or at most so much."""
-        gpus = client.gpus
-        room = min([min(self._room.want(client, gpu), self._room.free(gpu, client)) for gpu in gpus])
-        client.headroom = max(client.headroom, room if most is None else min(room, most))
-        self._room.settle(client)
 
     def _let_overtake(self, gpu: Gpu, first: Unit, now: float) -> bool:
         """Nothing can be done to let the first one in: let those go before it whose memory, or context, which cannot be
@@ -457,7 +397,7 @@ class Scheduler:
 
     def _backfill(self, gpu: Gpu, first: Unit, now: float) -> None:
         """The first one cannot be let in yet: let somebody in who will be done before that, if there is one."""
-        left = self._delay(first, now)
+        left = self._preemption.delay(first, now)
         room = gpu.capacity - gpu.in_use + sum([o.resident for o in gpu.occupants.values() if o.evacuating])
         for place, client in first.places():
             if place is gpu and client is not None:
@@ -477,104 +417,3 @@ class Scheduler:
                 unit.preempt_at = now + left
                 self._send(client.id, Revoke(left, 0.0))
                 return
-
-    def _delay(self, unit: Unit, now: float) -> float:
-        """Seconds, as far as can be told, until what the unit waits for is there."""
-        longest = 0.0
-        for gpu, _ in unit.places():
-            if gpu.full:
-                longest = max(longest, min(self._remaining(holder, gpu, now) for holder in gpu.units))
-            for other in gpu.occupants.values():
-                if other.evacuating:
-                    longest = max(longest, other.evacuation_at + 0.5 * swap_seconds(other) - now)
-        return longest
-
-    def _remaining(self, holder: Unit, gpu: Gpu, now: float) -> float:
-        """Seconds that a holder is expected to go on: its usual phase, at most until it is preempted."""
-        end = holder.preempt_at
-        if end is None:
-            end = now if gpu.challenger is None else self._protected_until(holder, gpu, now)
-        for client in holder.leased():
-            phase = client.profile.phase_seconds()
-            if phase is not None:
-                end = min(end, client.started_at + phase)
-        return max(0.0, end - now)
-
-    # --- revoking ---------------------------------------------------------------------------------------------------
-
-    def _contend(self, unit: Unit, now: float) -> None:
-        """Tell a running unit until when it may go on, now that others wait for its GPUs; or that none does."""
-        gpus = unit.gpus
-        if not unit.active or (
-            len(gpus) == 1
-            and unit.contender is not None
-            and unit.contender is gpus[0].challenger
-            and gpus[0].slots == 1
-            and gpus[0].crowded
-        ):
-            return  # as it was
-        ends = [
-            (self._protected_until(unit, gpu, now), gpu)
-            for gpu in gpus
-            if gpu.challenger is not None and gpu.crowded and self._first_to_go(gpu, now) is unit
-        ]
-        if not ends:
-            if unit.preempt_at is not None and not unit.backfilled:
-                self._tell(unit, None, Uncontended())
-            return
-        end, gpu = min(ends, key=lambda pair: pair[0])
-        unit.contender = None if unit.backfilled else gpu.challenger
-        if unit.preempt_at is None or end < unit.preempt_at - 0.01 or end > unit.preempt_at + 1.0:
-            swap = self._swap_for_leaving(unit, gpu)
-            self._tell(unit, end, Revoke(max(0.0, end - now), swap))
-
-    def _tell(self, unit: Unit, preempt_at: float | None, message: Message) -> None:
-        unit.preempt_at = preempt_at
-        if preempt_at is None:
-            unit.contender = None
-        for client in unit.leased():
-            client.revoked = preempt_at is not None
-            self._send(client.id, message)
-
-    def _first_to_go(self, gpu: Gpu, now: float) -> Unit:
-        if len(gpu.units) == 1:
-            return gpu.units[0]
-        return min(gpu.units, key=lambda unit: (self._protected_until(unit, gpu, now), unit.order))
-
-    def _protected_until(self, unit: Unit, gpu: Gpu, now: float) -> float:
-        """Until when the unit is not preempted for the first one that waits for the GPU."""
-        waiting = gpu.challenger
-        assert waiting is not None
-        if unit.backfilled and unit.preempt_at is not None:
-            return min(unit.preempt_at, now + self._delay_elsewhere(waiting, gpu, now))
-        coming = [swap_seconds(client) for client in waiting.wanting() if client.evacuated]
-        swap = 0.5 * (self._swap_for_leaving(unit, gpu) + max(coming, default=0.0))
-        since = max(unit.granted_at, waiting.asked_at)  # alone, it could not know that its time would count
-        end = since + self._policy.quantum(unit, waiting, swap)
-        if self._policy.lets_finish(unit, waiting):
-            # To stop a phase that is about to end costs a swap, and the program the time until it has the GPU again.
-            for client in unit.leased():
-                phase = client.profile.phase_seconds()
-                if phase is not None:
-                    end = max(end, since + min(MAX_QUANTUM, phase - client.phase_seconds))
-        return max(end, now + self._policy.outranked_in(unit, waiting, now))
-
-    def _delay_elsewhere(self, unit: Unit, here: Gpu, now: float) -> float:
-        """As _delay(), without the holder of one of the GPUs."""
-        holders, here.units = here.units, []
-        try:
-            return self._delay(unit, now)
-        finally:
-            here.units = holders
-
-    def _swap_for_leaving(self, unit: Unit, gpu: Gpu) -> float:
-        """Seconds of moving memory that the unit has to expect when it makes way for the one that is next."""
-        waiting = gpu.challenger
-        assert waiting is not None
-        holder = next((client for place, client in unit.places() if place is gpu), None)
-        client = next((client for place, client in waiting.places() if place is gpu), None)
-        if holder is None or client is None:
-            return 0.0
-        stays = max(holder.resident, min(holder.peak, holder.headroom)) if holder.measured else holder.headroom
-        free = gpu.capacity - gpu.in_use + holder.booked[0] - stays + client.booked[0]
-        return 0.0 if self._room.want(client, gpu) <= free else swap_seconds(holder)
