@@ -26,14 +26,15 @@ from dataclasses import replace
 from typing import Any
 
 from acb.broker import invariants
+from acb.broker.gangs import Gangs
 from acb.broker.learning import Profile, Programs
 from acb.broker.leases import Leases
+from acb.broker.limits import impossible, stranded
 from acb.broker.policies import Policy
 from acb.broker.room import STEADY, Room
 from acb.broker.schedule import Scheduler
 from acb.broker.state import Client, Found, Gpu, Send, Unit
 from acb.broker.suspension import Suspension
-from acb.config import format_size
 from acb.protocol import (
     VERSION,
     Evacuated,
@@ -63,13 +64,13 @@ class Broker:
         self.clients: dict[int, Client] = {}
         self.recovering: set[int] = set()
         self._narrow = False  # some holders may have been promised less than they should have
-        self._gangs: dict[str, Unit] = {}
         self._by_ordinal = {gpu.ordinal: gpu for gpu in gpus}
         self._log: deque[tuple[float | None, int, Message | str]] = deque(maxlen=200)
         self._out: list[Send] = []
         self._room = Room(policy, self._send)
         self._leases = Leases(policy, self._room, self._send)
         self.scheduler = Scheduler(gpus, self.clients, policy, self._room, self._leases, self._send)
+        self._gangs = Gangs(self.scheduler)
         self._suspension = Suspension(gpus, self.clients, self._room, self._leases, self.scheduler, self._send)
         self._handlers: dict[type[Message], Callable[[Client, Any, float], None]] = {
             Request: self._request,
@@ -171,7 +172,7 @@ class Broker:
     def blocked(self, client_id: int, now: float) -> list[Send]:
         """A suspended client is blocked in the driver, and cannot ask: it waits for its lease as if it had."""
         client = self.clients.get(client_id)
-        if client is not None and client.suspended and not self._impossible(client):
+        if client is not None and client.suspended and not impossible(client, self.gpus):
             self._log.append((now, client_id, "blocked in the driver"))
             self._request(client, Request(), now)
         return self._finish(now)
@@ -230,9 +231,9 @@ class Broker:
         self.recovering.discard(hello.pid)
         missing = [n for n in _ordinals(hello) if n not in self._by_ordinal] if hello.gpu >= 0 else []
         if missing:
-            client.stranded = self._stranded(client, missing)
+            client.stranded = stranded(client, missing, self._by_ordinal)
             hello = replace(hello, gang="")  # the others may still run together, without it
-        self._join(client, hello, now)
+        self._gangs.join(client, hello, now)
         gpus = [] if missing else [self._by_ordinal[n] for n in _ordinals(hello) if n in self._by_ordinal]
         if not client.unit.gpus and len(gpus) == client.unit.size:
             self.scheduler.place(client.unit, gpus, bound=True)
@@ -246,57 +247,6 @@ class Broker:
             self._suspension.find(client, found)
         self.scheduler.touch(*client.gpus)
         self._send(client_id, Welcome(VERSION, client_id, lease=client.lease, stranded=client.stranded))
-
-    def _stranded(self, client: Client, missing: list[int]) -> str:
-        """What to tell a client that is bound to GPUs which are not lent: its memory is there, and it sees no other."""
-        which = "GPU " + " and ".join(map(str, missing))
-        needed = ",".join(str(n) for n in sorted({*self._by_ordinal, *missing}))
-        return (
-            f"process {client.pid} is bound to {which}, which this broker does not lend, and waits for one that does; "
-            f"run: gpu_assigner stop, then: gpu_assigner start, with --gpu-list {needed}"
-        )
-
-    def _join(self, client: Client, hello: Hello, now: float) -> None:
-        """Find the client's unit, or make it one."""
-        gang = hello.gang if 1 < hello.gang_size <= 4096 and 0 <= hello.rank < hello.gang_size else ""
-        if hello.gpu >= 0 and not hello.gpus:
-            gang = ""  # to the broker before this one it was no member
-        unit = self._gangs.get(gang) if gang else None
-        if unit is not None:
-            other = unit.members.get(hello.rank)
-            if other is not None and hello.gpus and not other.resident and not other.lease:
-                self._part(other, now)  # this one was the member, to the broker before
-            elif other is not None or unit.size != hello.gang_size:
-                # A child of a member, or somebody of the same name: it is not one of those that run together.
-                gang, unit = "", None
-        if unit is None:
-            size = hello.gang_size if gang else max(1, hello.count)
-            weight = hello.weight if 0 < hello.weight < 1e6 else 1.0
-            unit = Unit(size, gang, min(1000, max(-1000, hello.priority)), weight)
-            if gang:
-                self._gangs[gang] = unit
-        if gang and hello.count not in (0, hello.gang_size):
-            client.refusal = (
-                f"process {client.pid} was started with --gpus {hello.count} and is one of {hello.gang_size} that run "
-                f"together, each on a GPU of its own; leave --gpus out, or make it {hello.gang_size}"
-            )
-        client.rank = hello.rank if gang else 0
-        client.unit = unit
-        unit.members[client.rank] = client
-        for gpu in client.gpus:
-            gpu.bound.add(client.id)
-
-    def _part(self, client: Client, now: float) -> None:
-        """Take a client that has nothing out of its gang."""
-        gang = client.unit
-        for gpu in client.gpus:
-            gpu.bound.discard(client.id)
-        del gang.members[client.rank]
-        if not gang.wanting():
-            self.scheduler.dequeue(gang, now)
-        client.rank, client.unit = 0, Unit(1, "", gang.priority, gang.weight, {0: client})
-        if client.waiting:
-            self.scheduler.enqueue(client.unit, now)
 
     def _leave(self, client: Client, now: float) -> None:
         """It is gone: nothing of it remains, but what was learned."""
@@ -317,8 +267,7 @@ class Broker:
             self.scheduler.dequeue(unit, now)
         if not unit.members:
             self.scheduler.place(unit, [], bound=False)
-            if unit.gang:
-                del self._gangs[unit.gang]
+            self._gangs.forget(unit)
         self.scheduler.touch(*gpus)
 
     # --- one function a message ------------------------------------------------------------------------------------
@@ -330,7 +279,7 @@ class Broker:
         if client.stranded:
             client.waiting, client.asked_at = True, now  # in no line
             return
-        refusal = self._impossible(client)
+        refusal = impossible(client, self.gpus)
         if refusal:
             self._send(client.id, Refused(refusal))
             return
@@ -338,33 +287,6 @@ class Broker:
             client.profile.gap(now - client.yielded_at)
             client.gap = False
         self.scheduler.wait(client, now)
-
-    def _impossible(self, client: Client) -> str:
-        """Why the client can never get what it asks for; '': it can."""
-        unit = client.unit
-        if client.refusal:
-            return client.refusal
-        what = f"process {client.pid}"
-        if unit.gang:
-            what += f", one of {unit.size} that run together,"
-        if unit.size > len(self.gpus):
-            return (
-                f"{what} asks for {unit.size} GPUs at once, but the broker has {len(self.gpus)}; "
-                f"{'start fewer' if unit.gang else 'ask for less'}, or start a broker with more"
-            )
-        floor = self._room.floor(client)
-        sizes = sorted((gpu.capacity for gpu in client.gpus or self.gpus), reverse=True)
-        largest = sizes[(len(sizes) if client.gpus else unit.size) - 1]
-        if floor <= largest:
-            return ""
-        advice = "ask for less, or start a broker with larger ones"
-        if unit.size > 1 and not client.gpus:
-            size = format_size(floor)
-            return (
-                f"{what} asks for {size} on each of {unit.size} GPUs, but the broker has not so many so large; {advice}"
-            )
-        size = format_size(largest)
-        return f"{what} asks for {format_size(floor)} of GPU memory, but the largest GPU has {size}; {advice}"
 
     def _yield(self, client: Client, message: Yield, now: float) -> None:
         if not client.lease:
