@@ -13,21 +13,20 @@ moved. Its rules:
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from acb import config
-from acb.client import visible, wishes
-from acb.client.connection import OUTAGE, Connection
+from acb.client import visible
+from acb.client.connection import Connection
 from acb.client.gate import LONG_GAP
+from acb.client.hello import hello
 from acb.client.memory import Memory, Moved
 from acb.client.phases import MAX_LINGER, MIN_LINGER, choose_linger
 from acb.client.refusal import refused
+from acb.client.room import Room
 from acb.client.trace import Trace
 from acb.protocol import (
-    VERSION,
     Evacuate,
     Evacuated,
     Goodbye,
@@ -36,7 +35,6 @@ from acb.protocol import (
     Hello,
     Holds,
     Message,
-    MoreRoom,
     Ping,
     Pong,
     ProtocolError,
@@ -44,11 +42,11 @@ from acb.protocol import (
     Request,
     Restored,
     Revoke,
-    Room,
     Uncontended,
     Welcome,
     Yield,
 )
+from acb.protocol import Room as RoomAnswer
 
 if TYPE_CHECKING:
     from acb.client.evacuation import Evacuator
@@ -95,11 +93,10 @@ class Agent:
         self._thread: AgentThread | None = None
         self._connection = Connection(self._lock, self)
         self._memory = Memory(evacuators)
+        self._room = Room(self._lock, self._connection, self._memory, self._may_ask_room)
         self._requested = False
         self._wanted = False
         self._need = 0
-        self._headroom = 0
-        self._coming = 0  # bytes of headroom that are still to come; until then memory may come back, but nothing run
         self._revoked = False
         self._swap_expected = -1.0  # what the broker expects yielding to cost, in seconds; -1: it does not know
         self._preempt_at = 0.0
@@ -109,10 +106,6 @@ class Agent:
         self._stall_after = STALL
         self._refusal = ""
         self._stranded = ""  # why what is asked for waits for another broker
-        self._room: tuple[bool, str] | None = None
-        self._room_due = 0  # questions for more room that the broker has not answered
-        self._room_changed = threading.Condition(self._lock)
-        self._asking_room = threading.RLock()  # one thread at a time: an answer does not say whose it is
         self._evacuation_due = False  # asked for, perhaps while a thread was inside
         self._piece = 0  # bytes of which the broker wants to know when they are gone
         self._alone = False  # the program goes on without a broker, for good
@@ -171,12 +164,8 @@ class Agent:
 
     def reserve(self, nbytes: int) -> None:
         """Inside a region: see that there is room for `nbytes` in all. Raises LeaseRefused when it cannot be had."""
-        with self._lock:
-            missing = nbytes - max(self._headroom, self._memory.resident())
-            if missing <= 0:
-                return
-            missing = nbytes - self._memory.resident()
-        reason = self._room_refused(missing)
+        missing = self._room.missing(nbytes)
+        reason = self._room_refused(missing) if missing else ""
         if reason:
             raise refused(reason)
 
@@ -197,27 +186,10 @@ class Agent:
         """Ask for more room and wait: why there is none; '' when there is; None when nobody answers."""
         if self._thread is None or threading.get_ident() == self._thread.ident:
             return None
-        with self._asking_room, self._lock:
-            while self.lease and self.gpu is not None and not self._alone and not self._finishing:
-                if self._connection.welcomed:
-                    self._room = None
-                    self._room_due += 1
-                    self._connection.send(MoreRoom(self._memory.resident(), nbytes))
-                    while self._room is None and self._connection.welcomed:
-                        self._room_changed.wait()
-                    if self._room is not None:
-                        granted, reason = self._room
-                        if granted:
-                            self._headroom = max(self._headroom, self._memory.resident() + nbytes)
-                        return "" if granted else reason or "there is no room"
-                # The broker died. Its successor will know more.
-                left = (
-                    OUTAGE if self._connection.lost_at is None else self._connection.lost_at + OUTAGE - time.monotonic()
-                )
-                if left <= 0:
-                    return None
-                self._room_changed.wait(left)
-            return None
+        return self._room.ask(nbytes)
+
+    def _may_ask_room(self) -> bool:
+        return self.lease and self.gpu is not None and not self._alone and not self._finishing
 
     def finish(self) -> None:
         """The process ends: return when the agent's thread has, which is soon.
@@ -236,7 +208,7 @@ class Agent:
                 self._trace.change("gone", "the program ends")
                 self._say_what_is_held()
             self._connection.leave()
-            self._room_changed.notify_all()
+            self._room.wake()
 
     def abandon(self) -> None:
         """In a forked child: drop the parent's connection without a word."""
@@ -308,36 +280,7 @@ class Agent:
                 self._connection.send(holds)
 
     def _hello(self) -> Hello:
-        memory = self._memory
-        if self.lease:  # or else the driver may have suspended this process, and would keep this thread
-            memory.resident()
-            memory.peak()
-        return Hello(
-            VERSION,
-            os.getpid(),
-            self._name,
-            memory_hint=_hint(),
-            **self._place(),
-            holding=self.lease,
-            resident=memory.last_resident,
-            evacuated=memory.evacuated,
-            peak=memory.last_peak if self.gpu is not None else 0,
-            program=_program(),
-            **wishes.of_this_process()._asdict(),
-        )
-
-    def _place(self) -> dict[str, Any]:
-        """Fields of the Hello: where this process is bound, or wants to be."""
-        gpu, gpus = self.gpu, self.gpus
-        wish = wishes.of_this_process()
-        chosen = () if self._simulated else visible.chosen(wish.gang_size or wish.count)
-        if gpu is None:
-            gpus = chosen
-            if gpus and len(gpus) == (wish.gang_size or wish.count):
-                gpu = gpus[wish.rank if wish.gang else 0]
-        if gpu is None:
-            return {"gpu": -1, "gpus": ""}
-        return {"gpu": gpu, "gpus": ",".join(map(str, gpus)) if len(gpus) > 1 else "", "chosen": bool(chosen)}
+        return hello(self._name, self.gpu, self.gpus, self._memory, lease=self.lease, simulated=self._simulated)
 
     def _missing(self, error: Exception) -> None:
         """No broker answers. See that there is one, or say how; with no way at all let the program run without."""
@@ -369,8 +312,7 @@ class Agent:
     def lost(self) -> None:
         """The broker is gone: keep what is held; whoever waits goes on waiting."""
         self._requested = self._evacuation_due = False
-        self._room_due = self._coming = 0
-        self._room_changed.notify_all()
+        self._room.lost()
         if self.lease and self._revoked:
             self._revoked = False
             self._reopen()
@@ -389,8 +331,8 @@ class Agent:
             if self.lease and self._revoked:
                 self._revoked = False
                 self._reopen()
-        elif isinstance(message, Room):
-            self._room_answered(message)
+        elif isinstance(message, RoomAnswer):
+            self._room.answered(message)
         elif isinstance(message, Ping):
             self._connection.send(Pong())
         elif isinstance(message, Welcome):
@@ -416,7 +358,7 @@ class Agent:
             self._restore()
         elif self.lease and self.gate.closed:
             self._run_on("the new broker has confirmed the lease")
-        self._room_changed.notify_all()
+        self._room.wake()
         self._request()
 
     def _refused(self, message: Refused) -> None:
@@ -444,8 +386,8 @@ class Agent:
                 warn_once("stranded", self._stranded)
 
     def _granted(self, grant: Grant) -> None:
-        self.gpu, self._headroom, self._coming = grant.gpu, grant.headroom, grant.coming
-        self.beside = grant.beside
+        self.gpu, self.beside = grant.gpu, grant.beside
+        self._room.granted(grant)
         self.gpus = tuple(map(int, grant.gpus.split(","))) if grant.gpus else (grant.gpu,)
         self.lease, self._requested, self._revoked = True, False, False
         self._memory.granted()
@@ -453,7 +395,7 @@ class Agent:
         self._say_at = time.monotonic() + HEARTBEAT
         if not self._simulated and grant.visible:
             visible.bind(grant.visible)  # without effect, and without harm, once CUDA has started
-        if self._memory.evacuated or self._coming:
+        if self._memory.evacuated or self._room.coming:
             self._restore()
         else:
             self._run_on()
@@ -474,13 +416,12 @@ class Agent:
         if not memory.unrestored:
             self._trace.change("restoring", "granted", gpu=self.gpu, bytes=memory.evacuated)
         try:
-            moved = memory.restore(max(0, self._headroom - memory.resident()) if self._coming else None)
+            moved = memory.restore(max(0, self._room.headroom - memory.resident()) if self._room.coming else None)
         except MemoryError:
-            if self._connection.welcomed and not self._coming:  # have the broker make room
-                self._room_due += 1
-                self._connection.send(MoreRoom(memory.resident(), memory.evacuated))
+            if self._connection.welcomed and not self._room.coming:  # have the broker make room
+                self._room.ask_to_restore()
             return
-        if self._coming:
+        if self._room.coming:
             return
         self._run_on()
         self._connection.send(Restored(memory.resident(), moved.nbytes, moved.seconds))
@@ -488,17 +429,9 @@ class Agent:
     def _more_has_come(self, message: Headroom) -> None:
         if not self.lease:
             return  # it crossed our Yield
-        self._headroom, self._coming = message.headroom, message.coming
+        self._room.granted(message)
         if self._memory.unrestored:
             self._restore()
-
-    def _room_answered(self, message: Room) -> None:
-        self._room_due = max(0, self._room_due - 1)
-        if (
-            not self._memory.unrestored and not self._room_due
-        ):  # else the answer is to a question that nobody waits with
-            self._room = (message.granted, message.reason)
-            self._room_changed.notify_all()
 
     def _revoke(self, message: Revoke) -> None:
         if not self.lease:
@@ -588,7 +521,7 @@ class Agent:
         resident = self._memory.resident()
         phase = self.gate.last_exit - self.gate.phase_began
         self.lease = self._revoked = self._closing = self._memory.unrestored = False
-        self._coming = 0
+        self._room.coming = 0
         self._memory.swap.yielded()
         self._requested = wants
         self._trace.change("waiting" if wants else "resident" if resident else "detached", cause, bytes=resident)
@@ -596,7 +529,7 @@ class Agent:
 
     def _consider_restoring(self, now: float) -> float | None:
         """The lease is held, but memory must come back first and there was no room for it."""
-        if self._coming or self._room_due:
+        if self._room.coming or self._room.due:
             return None  # the broker makes room; to give up before anything has run would waste the copy
         if now >= self._memory.restore_at:
             self._restore()
@@ -627,19 +560,3 @@ class Agent:
         elif not idle and self._trace.state == "idle":
             self._trace.change("running", "GPU entry", at=self.gate.last_entry)
         return TRACE_LINGER
-
-
-def _program() -> str:
-    """By what the broker is to remember this program: what the user calls it, else its file; '': its name will do."""
-    file = sys.argv[0] if getattr(sys, "argv", None) else ""
-    if os.environ.get("ACB_NAME") or not os.path.isfile(file):
-        return ""
-    return os.path.abspath(file).encode("utf-8", "replace").decode()
-
-
-def _hint() -> int:
-    """What ``acb-launch --gpu-memory`` said, in bytes; 0: nothing."""
-    try:
-        return config.parse_size(os.environ.get("ACB_GPU_MEMORY") or "0")
-    except config.ConfigError:
-        return 0
