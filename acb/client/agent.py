@@ -3,8 +3,7 @@
 It carries requests, opens the gate when a lease is granted, decides when a revoked lease is given back, and has memory
 moved. Its rules:
 
-- the lease is kept until the broker revokes it; then it is given back when the program is idle for the linger, or says
-  that it does something else, or (after the quantum that came with the revoke) at the next safe point;
+- the lease is kept until the broker revokes it; `yielding` says when it is given back then;
 - it is given back only at a safe point: the gate is closed first, then no thread may be inside, then the device is
   drained;
 - when the broker dies the client keeps what it holds and tells the next broker; without a lease it stays at the gate.
@@ -19,13 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from acb.client import visible
 from acb.client.connection import Connection
-from acb.client.gate import LONG_GAP
 from acb.client.hello import hello
 from acb.client.memory import Memory, Moved
-from acb.client.phases import MAX_LINGER, MIN_LINGER, choose_linger
 from acb.client.refusal import refused
 from acb.client.room import Room
 from acb.client.trace import Trace
+from acb.client.yielding import Yielding
 from acb.protocol import (
     Evacuate,
     Evacuated,
@@ -58,12 +56,6 @@ HEARTBEAT = 5.0
 Also how often it says what the program holds, when that has changed.
 """
 
-STALL = 0.25
-"""Seconds that a thread inside may keep others at the closed gate, at first, before it is thought to wait for them."""
-
-MAX_STALL = 8.0
-"""Seconds, at most, of that patience: what takes longer than this inside one region is let go on."""
-
 TRACE_LINGER = 0.02
 """Seconds of idleness that a trace shows as such."""
 
@@ -93,17 +85,11 @@ class Agent:
         self._thread: AgentThread | None = None
         self._connection = Connection(self._lock, self)
         self._memory = Memory(evacuators)
+        self._yielding = Yielding(self._memory, self._reopen)
         self._room = Room(self._lock, self._connection, self._memory, self._may_ask_room)
         self._requested = False
         self._wanted = False
         self._need = 0
-        self._revoked = False
-        self._swap_expected = -1.0  # what the broker expects yielding to cost, in seconds; -1: it does not know
-        self._preempt_at = 0.0
-        self._ended_at = 0.0  # when the program last said that its phase is over
-        self._closing = False  # the gate is closed although the lease is held
-        self._closed_at = 0.0  # since when
-        self._stall_after = STALL
         self._refusal = ""
         self._stranded = ""  # why what is asked for waits for another broker
         self._evacuation_due = False  # asked for, perhaps while a thread was inside
@@ -154,7 +140,7 @@ class Agent:
 
     def idle(self) -> None:
         """A thread left its region while the gate is watched, or said that it does something else."""
-        if self._closing or self._evacuation_due or self.gate.marked():
+        if self._yielding.closing or self._evacuation_due or self.gate.marked():
             self._connection.wake()
 
     def need(self, nbytes: int) -> None:
@@ -172,10 +158,10 @@ class Agent:
     def end_phase(self) -> None:
         """The program says that its phase is over: give the lease back at once if somebody waits for it."""
         with self._lock:
-            self._ended_at = time.monotonic()
+            now = self._yielding.ended_at = time.monotonic()
             # Here and now, which is quickest, unless a framework is involved: its device may only be waited for on the
             # agent's thread, which no gate stops.
-            if self.lease and self._revoked and (self._evacuators or self._consider(self._ended_at) is not None):
+            if self.lease and self._yielding.revoked and (self._evacuators or self._consider(now) is not None):
                 self._connection.wake()
 
     def more_room(self, nbytes: int) -> bool:
@@ -301,7 +287,7 @@ class Agent:
     def _let_all_in(self, cause: str) -> None:
         """Never worse than no acb: the gate opens, as if the lease were held."""
         with self._lock:
-            self.lease, self._revoked = True, False
+            self.lease, self._yielding.revoked = True, False
             if self._memory.evacuated:
                 self._restore()
             else:
@@ -313,8 +299,8 @@ class Agent:
         """The broker is gone: keep what is held; whoever waits goes on waiting."""
         self._requested = self._evacuation_due = False
         self._room.lost()
-        if self.lease and self._revoked:
-            self._revoked = False
+        if self.lease and self._yielding.revoked:
+            self._yielding.revoked = False
             self._reopen()
 
     def heard(self, message: Message) -> None:
@@ -328,8 +314,8 @@ class Agent:
         elif isinstance(message, Headroom):
             self._more_has_come(message)
         elif isinstance(message, Uncontended):
-            if self.lease and self._revoked:
-                self._revoked = False
+            if self.lease and self._yielding.revoked:
+                self._yielding.revoked = False
                 self._reopen()
         elif isinstance(message, RoomAnswer):
             self._room.answered(message)
@@ -350,7 +336,7 @@ class Agent:
         if self.lease and not message.lease:
             # Another holds it now. Stop at the gate; what runs in a region cannot be called back.
             self.gate.close()
-            self.lease = self._closing = self._revoked = self._memory.unrestored = False
+            self.lease = self._yielding.closing = self._yielding.revoked = self._memory.unrestored = False
             state = "waiting" if self._wanted else "evacuated" if self._memory.evacuated else "resident"
             cause = message.stranded or "the new broker has lent the GPU to another client"
             self._trace.change(state, cause)
@@ -389,9 +375,10 @@ class Agent:
         self.gpu, self.beside = grant.gpu, grant.beside
         self._room.granted(grant)
         self.gpus = tuple(map(int, grant.gpus.split(","))) if grant.gpus else (grant.gpu,)
-        self.lease, self._requested, self._revoked = True, False, False
+        self.lease, self._requested = True, False
         self._memory.granted()
-        self._need, self._stall_after = 0, STALL
+        self._yielding.granted()
+        self._need = 0
         self._say_at = time.monotonic() + HEARTBEAT
         if not self._simulated and grant.visible:
             visible.bind(grant.visible)  # without effect, and without harm, once CUDA has started
@@ -402,10 +389,10 @@ class Agent:
 
     def _run_on(self, cause: str = "granted") -> None:
         """All memory is there: let the program's threads in."""
-        self._wanted = self._closing = self._memory.unrestored = False
+        self._wanted = self._yielding.closing = self._memory.unrestored = False
         self._memory.reset_peak()
         self._trace.change("running", cause, gpu=self.gpu)
-        self.gate.open(watched=self._revoked or self._trace.enabled)
+        self.gate.open(watched=self._yielding.revoked or self._trace.enabled)
 
     def _restore(self) -> None:
         """Bring all memory back, then let the program in; without room for it, ask for some and try again.
@@ -436,9 +423,8 @@ class Agent:
     def _revoke(self, message: Revoke) -> None:
         if not self.lease:
             return  # it crossed our Yield
-        self._revoked, self._swap_expected = True, message.swap
-        self._preempt_at = time.monotonic() + message.quantum
-        if not self._closing and not self.gate.closed:
+        self._yielding.revoke(time.monotonic() + message.quantum, message.swap)
+        if not self._yielding.closing and not self.gate.closed:
             self.gate.watch()
         self._say_what_is_held()  # from which follows how long it is protected
 
@@ -471,56 +457,20 @@ class Agent:
             return None
         if self._memory.unrestored:
             return self._consider_restoring(now)
-        if not self._revoked:
+        if not self._yielding.revoked:
             return self._observe(now) if self._trace.enabled else None
-        preempt = now >= self._preempt_at
-        if self._closing:
-            if self.gate.busy():
-                return self._consider_stall(now)  # idle() wakes us before
-            self._give_up("preempted after its quantum", wants=self._wanted)
-            return None
-        if self.gate.busy():
-            if not preempt:
-                return min(self._linger(), self._preempt_at - now)
-            self._closing, self._closed_at = True, now
-            self.gate.close()
-            return 0.0
-        if self.gate.expected() and now - self.gate.last_exit < MAX_LINGER:
-            return MIN_LINGER  # or on a busy machine a lease could go back, time and again, before it was used
-        ended = self._ended_at >= self.gate.last_exit
-        said = ended or self.gate.marked()
-        wait = 0.0 if said else self._linger() - (now - self.gate.last_exit)
-        if wait > 0 and not preempt:
-            return max(min(wait, self._preempt_at - now), 0.0)
-        self.gate.close()
-        if self.gate.busy():  # a thread was faster
-            if preempt:
-                self._closing, self._closed_at = True, now
-            else:
-                self._reopen()
-            return MIN_LINGER
-        cause = "the program said so" if ended else "CPU phase" if said else "idle" if wait <= 0 else "preempted"
-        self._give_up(cause, wants=self._wanted)
+        found = self._yielding.consider(self.gate, now)
+        if not isinstance(found, str):
+            return found
+        self._give_up(found, wants=self._wanted)
         return None
-
-    def _consider_stall(self, now: float) -> float:
-        """The gate is closed and a thread inside: it may wait for one that stands outside, as a forward does that
-        computes on threads of its own. After a while let them in, and try again later, with more patience each time.
-        """
-        left = self._closed_at + self._stall_after - now
-        if left > 0 or not self.gate.waiting():
-            return max(left, STALL)
-        self._stall_after = min(MAX_STALL, 2 * self._stall_after)
-        self._preempt_at = now + STALL
-        self._reopen()
-        return STALL
 
     def _give_up(self, cause: str, wants: bool) -> None:
         """Hand the lease back. The gate is closed and no thread is inside."""
         self._memory.synchronize()
         resident = self._memory.resident()
         phase = self.gate.last_exit - self.gate.phase_began
-        self.lease = self._revoked = self._closing = self._memory.unrestored = False
+        self.lease = self._yielding.revoked = self._yielding.closing = self._memory.unrestored = False
         self._room.coming = 0
         self._memory.swap.yielded()
         self._requested = wants
@@ -534,7 +484,7 @@ class Agent:
         if now >= self._memory.restore_at:
             self._restore()
             return 0.0
-        if self._revoked:
+        if self._yielding.revoked:
             self._give_up("no room to restore", wants=True)
             return None
         return self._memory.restore_at - now
@@ -543,14 +493,8 @@ class Agent:
         """The lease stays for now."""
         if self._memory.unrestored:
             return
-        self._closing = self._wanted = False
-        self.gate.open(watched=self._revoked or self._trace.enabled)
-
-    def _linger(self) -> float:
-        swap = self._swap_expected if self._swap_expected >= 0 else self._memory.swap.estimate(self._memory.resident())
-        linger = choose_linger(self.gate.gaps, swap)
-        self.gate.long_gap = max(LONG_GAP, linger)
-        return linger
+        self._yielding.closing = self._wanted = False
+        self.gate.open(watched=self._yielding.revoked or self._trace.enabled)
 
     def _observe(self, now: float) -> float:
         """Without anybody waiting, only for the trace: tell running from idle."""
