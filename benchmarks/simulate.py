@@ -216,7 +216,7 @@ def _cost(options: argparse.Namespace) -> tuple[dict[str, Any], list[report.Row]
 def _quantum(options: argparse.Namespace) -> tuple[dict[str, Any], list[report.Row]]:
     """Throughput by the quantum."""
     plan = [(pair, policy) for pair in quanta.PAIRS for policy in options.policy or runs.policies()]
-    measure = partial(quanta.measure, bandwidth=options.bandwidth, check=options.check)
+    measure = partial(quanta.measure, bandwidth=options.bandwidth, check=options.check, length=options.length or 1.0)
     found = runs.spread(measure, plan, options.processes)
     names = list(found[0]["fixed_s"])
     report.show(

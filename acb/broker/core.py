@@ -130,7 +130,9 @@ class Broker:
         client = self.clients.get(client_id)
         if client is not None and not client.lease and not client.evacuating and client.resident != resident:
             self._log.append((now, client_id, f"observed {resident}"))
-            client.emptied = client.emptied and resident <= client.resident  # there is something new to move
+            if client.left < 0:
+                client.left = resident
+            client.emptied = client.emptied and resident <= client.left  # or there is something new to move
             self._room.measure(client, resident)
             self.scheduler.touch(*client.gpus)
         return self._finish(now)
@@ -338,7 +340,7 @@ class Broker:
         client.evacuating = client.in_pieces = message.more
         if not message.more:
             self._room.cannot_move(client, message.reason)
-            client.emptied = not message.reason
+            client.emptied, client.left = not message.reason, -1
         self._room.settle(client)
         self.scheduler.requeue(client.unit, now)
         self.scheduler.touch(*client.gpus)

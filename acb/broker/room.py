@@ -93,13 +93,13 @@ class Room:
 
     @staticmethod
     def refused(gpu: Gpu) -> list[Client]:
-        """Those on the GPU who could not be moved."""
-        return [o for o in gpu.occupants.values() if not o.lease and (o.unmovable or o.driver_problem)]
+        """Those on the GPU who could not be moved, or of whom something has stayed."""
+        return [o for o in gpu.occupants.values() if not o.lease and (o.unmovable or o.driver_problem or o.emptied)]
 
     def ask_again(self, gpu: Gpu) -> None:
         """They may be asked once more."""
         for client in self.refused(gpu):
-            client.driver_problem = ""
+            client.driver_problem, client.emptied = "", False
             self.cannot_move(client, "")
 
     # --- needs ------------------------------------------------------------------------------------------------------

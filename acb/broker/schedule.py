@@ -196,7 +196,7 @@ class Scheduler:
                 self._send(number, migration.resume(self._clients[number]))
 
     def _ask_again_later(self, gpu: Gpu, now: float) -> None:
-        """Those who could not be moved keep everybody out there: that may change, as host memory comes and goes."""
+        """What could not be moved keeps everybody out there: that may change, as host memory comes and goes."""
         if not gpu.asks_again and self._room.refused(gpu):
             gpu.asks_again = True
             heapq.heappush(self._timers, (now + gpu.patience, -1 - self._gpus.index(gpu)))

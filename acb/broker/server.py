@@ -203,7 +203,7 @@ class Server:
         """Seconds until something must be looked at, at the latest; None: not before a packet comes."""
         wake_at = self._core.wake_at
         due = self._driver.due() if self._driver is not None else None
-        look_at = self._meter.due(self._core.gpus) if self._meter is not None else None
+        look_at = self._meter.due(self._core.gpus, self._core.clients) if self._meter is not None else None
         ask_at = self._liveness.due(self._core.suspended_clients)
         stopped = self._stopped.due(self._core.gpus, time.monotonic())
         wakes = [moment for moment in (wake_at, due, look_at, ask_at, stopped) if moment is not None]
@@ -231,10 +231,10 @@ class Server:
     def _check_meter(self, meter: Meter) -> None:
         """Let the core know what really lies on the GPUs."""
         now = time.monotonic()
-        due = meter.due(self._core.gpus)
+        due = meter.due(self._core.gpus, self._core.clients)
         if due is None or now < due:
             return
-        for client, nbytes in list(meter.look(self._core.gpus, now)):
+        for client, nbytes in list(meter.look(self._core.gpus, self._core.clients, now)):
             self._deliver(self._core.observed(client, nbytes, now))
         if meter.problem:
             log(f"the GPU does not say what processes hold, so what they say counts: {meter.problem}")
@@ -398,7 +398,7 @@ class Server:
     def _held(self) -> dict[int, int]:
         """Bytes that clients, by id, have on the GPU now, as far as the devices say: the books lag behind a holder."""
         if self._meter is not None:
-            return self._meter.held(self._core.gpus)
+            return self._meter.held(self._core.gpus, self._core.clients)
         held: dict[int, int] = {}
         for client in self._core.clients.values() if self._referees else ():
             sizes = [self._referees[gpu.ordinal].holds(client.pid) for gpu in client.gpus]

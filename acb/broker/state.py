@@ -132,6 +132,8 @@ class Client:
     """It is evacuating, and has said that a part is gone."""
     emptied: bool = False
     """What it still has on the GPU is what evacuating leaves."""
+    left: int = -1
+    """Bytes that the device first counted of it since it was emptied, above all its CUDA context; -1: not yet."""
     revoked: bool = False
     unmovable: str = ""
     """Why it could not be evacuated."""

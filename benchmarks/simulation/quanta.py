@@ -23,56 +23,58 @@ SEEDS = 3
 TOLERANCE = 0.03
 
 
-def half(rng: random.Random) -> Job:
+def half(rng: random.Random, length: float) -> Job:
     """12 phases of each kind, 23 minutes in all, as long as one of nvshare's jobs; the pauses are marked."""
     phases = []
     for _ in range(12):
-        phases += [Phase(CPU, rng.uniform(28, 87), marked=True), Phase(GPU, rng.uniform(28, 87))]
+        pause, work = rng.uniform(28, 87) * length, rng.uniform(28, 87) * length
+        phases += [Phase(CPU, pause, marked=True), Phase(GPU, work)]
     return Job("half", tuple(phases), MEMORY, MEMORY)
 
 
-def never(rng: random.Random) -> Job:
+def never(rng: random.Random, length: float) -> Job:
     """Regions without a pause between them, for 11 to 13 minutes."""
-    return Job("never", (Phase(GPU, rng.uniform(660, 780)),), MEMORY, MEMORY)
+    return Job("never", (Phase(GPU, rng.uniform(660, 780) * length),), MEMORY, MEMORY)
 
 
 PAIRS = {"half": half, "never": never}
 
 
-def seconds(pair: str, policy: str, quantum: float | None, bandwidth: float, check: bool = False) -> float:
+def seconds(
+    pair: str, policy: str, quantum: float | None, bandwidth: float, check: bool = False, length: float = 1.0
+) -> float:
     """Virtual seconds until both are done, mean of some seeds. `quantum` None: the policy's own."""
     total = 0.0
     for seed in range(SEEDS):
         rng = random.Random(f"{pair} {seed}")
-        node = Node(
-            Machine(1, CAPACITY, bandwidth), POLICIES[policy](quantum), [PAIRS[pair](rng) for _ in range(2)], check
-        )
+        both = [PAIRS[pair](rng, length) for _ in range(2)]
+        node = Node(Machine(1, CAPACITY, bandwidth), POLICIES[policy](quantum), both, check)
         total += node.run().makespan
     return total / SEEDS
 
 
-def serial(pair: str) -> float:
+def serial(pair: str, length: float = 1.0) -> float:
     """Seconds of the two one after the other, without acb."""
     total = 0.0
     for seed in range(SEEDS):
         rng = random.Random(f"{pair} {seed}")
-        total += sum(PAIRS[pair](rng).alone for _ in range(2))
+        total += sum(PAIRS[pair](rng, length).alone for _ in range(2))
     return total / SEEDS
 
 
-def measure(what: tuple[str, str], bandwidth: float, check: bool = False) -> dict[str, Any]:
+def measure(what: tuple[str, str], bandwidth: float, check: bool = False, length: float = 1.0) -> dict[str, Any]:
     """Seconds by quantum and of the automatic one, and how far that is behind the best fixed one (negative: ahead).
 
-    `what`: the pair and the policy.
+    `what`: the pair and the policy. `length`: of the jobs; 1 is as described.
     """
     pair, policy = what
-    fixed = {quantum: seconds(pair, policy, quantum, bandwidth, check) for quantum in QUANTA}
-    automatic = seconds(pair, policy, None, bandwidth, check)
+    fixed = {quantum: seconds(pair, policy, quantum, bandwidth, check, length) for quantum in QUANTA}
+    automatic = seconds(pair, policy, None, bandwidth, check, length)
     best = min(fixed, key=lambda quantum: fixed[quantum])
     return {
         "pair": pair,
         "policy": policy,
-        "serial_s": serial(pair),
+        "serial_s": serial(pair, length),
         "fixed_s": {_name(quantum): took for quantum, took in fixed.items()},
         "best_quantum": _name(best),
         "automatic_s": automatic,

@@ -35,7 +35,7 @@ def test_a_program_goes_on_on_another_gpu_and_computes_the_same(site: Site, fram
             assert program.stdout.readline() == "0.0\n"
 
             def seen() -> dict[str, object]:
-                report = site.report() or {"clients": []}
+                report = wait_until("the broker to answer", site.report)
                 [client] = [c for c in report["clients"] if c["name"] == "pinned.py"]
                 return client  # type: ignore[no-any-return]
 

@@ -239,7 +239,7 @@ def test_the_meter_looks_for_it_on_its_new_gpu() -> None:
     node.resumed()
     node.yields(1, 3.0, Yield(600, 600))
     meter = Meter({"GPU-a": {102: 300}, "GPU-b": {101: 650}}.__getitem__)
-    assert list(meter.look(node.broker.gpus, 4.0)) == [(1, 650)]
+    assert list(meter.look(node.broker.gpus, node.broker.clients, 4.0)) == [(1, 650)]
     node.broker.observed(1, 650, 4.0)
     assert [gpu.in_use for gpu in node.broker.gpus] == [CAPACITY, 650]
     node.broker.check()
