@@ -18,7 +18,7 @@ def start(site: Site, framework: str, *options: str, **changes: str | None) -> P
     """A program that uses this framework, under acb-launch with these options; it has imported it, and waits."""
     if importlib.util.find_spec(framework) is None:
         pytest.skip(f"{framework} is not installed")
-    variables: dict[str, str | None] = {"JAX_PLATFORMS": None}
+    variables: dict[str, str | None] = {}
     if site.place == "nvidia":
         needs_cuda(framework)
         variables["XLA_FLAGS"] = "--xla_gpu_deterministic_ops=true"

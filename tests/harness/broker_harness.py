@@ -70,7 +70,7 @@ class Site:
         environ = {
             k: v
             for k, v in os.environ.items()
-            if not k.startswith(("ACB_", "SLURM_", "PJM_", "XDG_RUNTIME", "CUDA_VISIBLE"))
+            if not k.startswith(("ACB_", "SLURM_", "PJM_", "XDG_RUNTIME", "CUDA_VISIBLE", "JAX_PLATFORMS"))
         }
         environ |= {"ACB_RUNTIME_DIR": str(self.directory), "PYTHONPATH": str(REPOSITORY)}
         environ["ACB_STATE_DIR"] = str(self.log / "state")

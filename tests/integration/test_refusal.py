@@ -24,7 +24,7 @@ def launch(site: Site, program: Path, text: str, *options: str, size: str = "4")
     program.write_text(text)
     return subprocess.run(
         [sys.executable, "-m", "acb.launcher", "--broker", "require", *options, sys.executable, str(program)],
-        env=site.environment(**GANG | {"LOCAL_WORLD_SIZE": size}, OMP_NUM_THREADS="1", JAX_PLATFORMS=None),
+        env=site.environment(**GANG | {"LOCAL_WORLD_SIZE": size}, OMP_NUM_THREADS="1"),
         capture_output=True, text=True, timeout=4 * PATIENCE,
     )  # fmt: skip
 
