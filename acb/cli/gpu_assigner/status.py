@@ -80,15 +80,8 @@ def _show(report: dict[str, Any]) -> None:
     if not report["clients"]:
         console.print("No program is connected.")
         return
-    clients = Table(box=box.SIMPLE_HEAD)
-    for column in ("process", "program", "state", "GPU", "resident", "evacuated", "peak", "since"):
-        left = column in ("program", "state")
-        width = {"program": None, "state": 10, "resident": 8, "evacuated": 9, "peak": 8}.get(column, len(column))
-        clients.add_column(
-            column, justify="left" if left else "right", no_wrap=True, overflow="ellipsis", min_width=width
-        )
-    for client in report["clients"]:
-        clients.add_row(
+    rows = [
+        (
             str(client["pid"]),
             client["name"],
             _state(client),
@@ -96,6 +89,19 @@ def _show(report: dict[str, Any]) -> None:
             *(format_size(client[key]) if client[key] else "-" for key in ("resident", "evacuated", "peak")),
             _duration(client["state_s"]),
         )
+        for client in report["clients"]
+    ]
+    clients = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    names = ("process", "program", "state", "GPU", "resident", "evacuated", "peak", "since")
+    widths = [max(map(len, cells)) for cells in zip(names, *rows, strict=True)]
+    # On a narrow terminal the program's name gives way: a figure that is cut short is worse than none.
+    spare = console.width - 2 * len(names) - sum(widths) + widths[1]
+    widths[1] = max(len("program"), min(widths[1], spare))
+    for name, width in zip(names, widths, strict=True):
+        left = name in ("program", "state")
+        clients.add_column(name, justify="left" if left else "right", no_wrap=True, overflow="ellipsis", width=width)
+    for row in rows:
+        clients.add_row(*row)
     console.print(clients)
     for client in report["clients"]:
         for sentence in _remarks(client):
