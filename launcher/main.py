@@ -117,7 +117,10 @@ def parse(arguments: list[str], environ: dict[str, str]) -> Options:
         elif name == "--simulate-gpus":
             options.simulate = str(config.parse_simulated(value))
         elif name == "--gpu-memory":
-            options.variables["ACB_GPU_MEMORY"] = str(config.parse_size(value))
+            size = config.parse_size(value)
+            if value.strip().isdigit() and size < 1 << 20:
+                raise config.ConfigError(f"--gpu-memory {value} would be {size} bytes; write a unit, such as {size}GiB")
+            options.variables["ACB_GPU_MEMORY"] = str(size)
         elif name == "--gpus":
             options.variables["ACB_GPUS"] = str(config.parse_whole(name, value, 1, config.MAX_GPUS))
         elif name == "--priority":

@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from acb.client.evacuation import Evacuator
     from acb.client.gate import Gate
 
+WONDER = 30.0
+"""Seconds after which somebody who has to wait for the GPU is told so."""
+
 HEARTBEAT = 5.0
 """Seconds: as long as the agent can be deaf, should a thread that listens be interrupted at the wrong microsecond.
 
@@ -97,6 +100,7 @@ class Agent:
         self._alone = False  # the program goes on without a broker, for good
         self._said: Holds | None = None
         self._say_at = 0.0
+        self._waits_since = 0.0
         self._finishing = False
         self._trace = Trace(os.environ.get("ACB_TRACE"), name)
 
@@ -250,8 +254,20 @@ class Agent:
             if not happened and time.monotonic() >= self._say_at:
                 self._say_at = time.monotonic() + HEARTBEAT
                 self._say_what_is_held()
+            self._say_that_it_waits()
             if not connection.up or self._finishing:
                 return
+
+    def _say_that_it_waits(self) -> None:
+        """To a person who may wonder why nothing happens; once a process."""
+        if not self._wanted or self.lease or not self._connection.welcomed:
+            self._waits_since = 0.0
+        elif not self._waits_since:
+            self._waits_since = time.monotonic()
+        elif time.monotonic() - self._waits_since > WONDER:
+            from acb.client.runtime import warn_once
+
+            warn_once("waits", f"waiting for the GPU since {WONDER:.0f} s; to see who has it: gpu_assigner status")
 
     def _say_what_is_held(self) -> None:
         """Let the broker know, once in a while, and see what it learns from."""

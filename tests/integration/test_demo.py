@@ -13,6 +13,7 @@ import pytest
 from acb.cli.acb.demo import PROGRAMS, scenes
 from acb.cli.acb.demo.progress import Progress
 from acb.config import SimulatedSpec
+from acb.workloads import fasta
 
 QUICK = ("--search-rounds", "1", "--relax-steps", "50", "--relax-rounds", "1")
 
@@ -23,7 +24,10 @@ def test_a_mix_of_pytorch_and_jax_runs_out_of_memory_without_acb_and_finishes_wi
 ) -> None:
     for needed in ("torch", "jax", "transformers", "pyhmmer", "openmm"):
         pytest.importorskip(needed)
-    monkeypatch.setattr(scenes, "OPTIONS", {name: (*given, *QUICK) for name, given in scenes.OPTIONS.items()})
+    first = fasta.read_fasta(Path(fasta.__file__).with_name("proteins.fasta"))[0]
+    (tmp_path / "one.fasta").write_text(f">{first.name}\n{first.residues}\n")
+    quick = (*QUICK, str(tmp_path / "one.fasta"))
+    monkeypatch.setattr(scenes, "OPTIONS", {name: (*given, *quick) for name, given in scenes.OPTIONS.items()})
     with scenes.Stage(tmp_path, SimulatedSpec((512 << 20,))) as stage, Progress(io.StringIO()) as progress:
         summary = scenes.play(stage, PROGRAMS["mix"], progress)
     logs = "\n".join(path.read_text() for path in tmp_path.glob("with_acb/*/log.txt"))

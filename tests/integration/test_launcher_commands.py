@@ -98,6 +98,7 @@ def test_a_script_whose_interpreter_is_missing(acb: Installation, tmp_path: Path
         (["--broker", "perhaps", "true"], "auto, require or off"),
         (["--gpu-memory", "much", "true"], "'much' is not a size"),
         (["--gpu-memory", "0", "true"], "impossible"),
+        (["--gpu-memory", "10", "true"], "write a unit, such as 10GiB"),
         (["--simulate-gpus", "2GiB", "true"], "1x2GiB"),
         (["--simulate-gpus=0x2GiB", "true"], "1x2GiB"),
     ],
