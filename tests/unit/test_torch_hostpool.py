@@ -1,0 +1,84 @@
+"""The pool of host memory for what PyTorch's evacuator moves: places, slabs, page-locking."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("torch")
+
+from acb.hooks.torch.hostpool import HostPool, Place
+
+MIB = 1 << 20
+
+
+@settings(max_examples=50, deadline=None)
+@given(rounds=st.lists(st.lists(st.integers(1, 5000), min_size=1, max_size=20), max_size=5))
+def test_places_in_the_pool_never_overlap(rounds: list[list[int]]) -> None:
+    pool = HostPool()
+    previous: list[Place] = []
+    for sizes in rounds:
+        places = pool.take(sizes)
+        assert [place.nbytes for place in places] == sizes
+        taken = sorted((id(place.slab), place.offset, place.offset + place.nbytes) for place in previous + places)
+        for (slab, _, end), (next_slab, start, _) in itertools.pairwise(taken):
+            assert slab != next_slab or end <= start
+        for place in places:
+            place.storage().fill_(7)
+        pool.give_back(previous)
+        previous = places
+    pool.give_back(previous)
+    pool.trim()
+    assert pool.held() == 0
+
+
+def test_small_ones_leave_a_large_slab_to_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("acb.hooks.torch.hostpool.SLAB", MIB)
+    pool = HostPool()
+    held = 0
+    for _ in range(3):
+        begun = pool.take([100])
+        places = pool.take([5000, 3 * MIB, 700], begun)
+        assert [place.nbytes for place in places] == [5000, 3 * MIB, 700]
+        held = held or pool.held()
+        assert pool.held() == held < 5 * MIB
+        pool.give_back(begun + places)
+
+
+def test_page_locking_is_undone_with_the_slab() -> None:
+    locked: dict[int, int] = {}
+
+    def register(address: int, nbytes: int) -> int:
+        locked[address] = nbytes
+        return 0
+
+    pool = HostPool(register, lambda address: locked.pop(address))
+    places = pool.take([MIB, 3])
+    assert sum(locked.values()) == pool.held()
+    assert all(place.slab.page_locked for place in places)
+    pool.give_back(places)
+    pool.trim()
+    assert locked == {}
+
+
+def test_page_locking_is_undone_when_the_pool_is_dropped() -> None:
+    locked: dict[int, int] = {}
+
+    def register(address: int, nbytes: int) -> int:
+        locked[address] = nbytes
+        return 0
+
+    HostPool(register, lambda address: locked.pop(address)).take([MIB])
+    gc.collect()
+    assert locked == {}
+
+
+def test_memory_that_cannot_be_page_locked_is_used_as_it_is() -> None:
+    pool = HostPool(lambda address, nbytes: 2, None)
+    [place] = pool.take([10])
+    assert not place.slab.page_locked
+    assert place.storage().nbytes() == 10
