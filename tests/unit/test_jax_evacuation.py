@@ -337,7 +337,7 @@ def test_a_copy_back_that_fails_on_its_way_loses_nothing(
     piece=st.integers(1, 500),
     limits=st.lists(st.integers(0, 500), max_size=6),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_arrays_leave_and_come_back_in_pieces(
     evacuator: evacuation.JaxEvacuator, sizes: list[int], aliased: set[int], piece: int, limits: list[int]
 ) -> None:

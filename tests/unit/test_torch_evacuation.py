@@ -467,7 +467,7 @@ def test_a_copy_back_that_fails_loses_nothing(card: Card, refused: int, monkeypa
     piece=st.integers(1, 40 << 10),
     limits=st.lists(st.integers(0, 40 << 10), max_size=6),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_memory_leaves_and_comes_back_in_pieces(
     card: Card, evacuator: TorchEvacuator, sizes: list[int], piece: int, limits: list[int]
 ) -> None:
