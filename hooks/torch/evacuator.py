@@ -166,13 +166,12 @@ class TorchEvacuator:
         storages = [s for s in storages if s.device.type in devices.GATED and _nbytes(s) and s.resizable()]
         storages.sort(key=lambda storage: int(storage.data_ptr()))
         chosen = next(batches([(storage, _nbytes(storage)) for storage in storages], AHEAD), [])
-        begun: list[tuple[Any, Place]] = []
         try:
             with self._on_used_device():
                 places = self._pool.take([_nbytes(storage) for storage in chosen])
         except MemoryError:
             return []  # whoever takes places for all will say so
-        begun = list(zip(chosen, places, strict=True))
+        begun: list[tuple[Any, Place]] = list(zip(chosen, places, strict=True))
         try:
             self.synchronize()
             with _Copying(self._streams, chosen, self._real, wait=False):
