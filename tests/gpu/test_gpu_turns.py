@@ -68,7 +68,7 @@ def overlaps(trace: list[dict[str, Any]]) -> bool:
 
 @users.both
 def test_memory_comes_in_while_the_other_ones_is_still_leaving(site: Site, framework: str, tmp_path: Path) -> None:
-    site.start("1x640MiB", "--quantum", "0", "--driver-tier", "off")
+    site.start("1x256MiB,bandwidth=800MiB", "--quantum", "0", "--driver-tier", "off")
     held, needed = sizes(site)
     file = tmp_path / "trace"
     programs = [users.start(site, framework, "--gpu-memory", str(needed), ACB_TRACE=str(file)) for _ in range(2)]

@@ -15,7 +15,10 @@ from acb.cli.acb.demo.progress import Progress
 from acb.config import SimulatedSpec
 from acb.workloads import fasta
 
-QUICK = ("--search-rounds", "1", "--relax-steps", "50", "--relax-rounds", "1")
+QUICK = ("--search-rounds", "1", "--relax-steps", "10", "--relax-rounds", "1")
+
+RESIDUES = 32
+"""Of the protein that is folded."""
 
 
 @pytest.mark.timeout(400)
@@ -25,7 +28,7 @@ def test_a_mix_of_pytorch_and_jax_runs_out_of_memory_without_acb_and_finishes_wi
     for needed in ("torch", "jax", "transformers", "pyhmmer", "openmm"):
         pytest.importorskip(needed)
     first = fasta.read_fasta(Path(fasta.__file__).with_name("proteins.fasta"))[0]
-    (tmp_path / "one.fasta").write_text(f">{first.name}\n{first.residues}\n")
+    (tmp_path / "one.fasta").write_text(f">{first.name}\n{first.residues[:RESIDUES]}\n")
     quick = (*QUICK, str(tmp_path / "one.fasta"))
     monkeypatch.setattr(scenes, "OPTIONS", {name: (*given, *quick) for name, given in scenes.OPTIONS.items()})
     with scenes.Stage(tmp_path, SimulatedSpec((512 << 20,))) as stage, Progress(io.StringIO()) as progress:

@@ -68,7 +68,7 @@ CHILDREN = {
     "fork": "p = multiprocessing.get_context('fork').Process(target=work.work); p.start(); p.join()",
     "spawn": "p = multiprocessing.get_context('spawn').Process(target=work.work); p.start(); p.join()",
     "forkserver": "p = multiprocessing.get_context('forkserver').Process(target=work.work); p.start(); p.join()",
-    "pool": "from concurrent.futures import *\n    with ProcessPoolExecutor(1) as pool: pool.submit(work.work).result()",
+    "pool": "from concurrent.futures import *\n    with ProcessPoolExecutor(1) as p: p.submit(work.work).result()",
     "subprocess": "subprocess.run([sys.executable, 'work.py'], check=True)",
     "shell": "os.system(f'{sys.executable} work.py')",
     "os.fork": "os.fork() or (work.work(), os._exit(0)); os.wait()",
