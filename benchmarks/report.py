@@ -12,9 +12,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+_Item = TypeVar("_Item")
 
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout: subprocesses of the benchmarks run with it first on their PYTHONPATH."""
@@ -129,6 +131,17 @@ def show(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> 
         table.add_row(*line)
     needed = Console(width=10 * WIDTH).measure(table).maximum
     Console(highlight=False, width=max(WIDTH, needed, shutil.get_terminal_size().columns)).print(table)
+
+
+def track(found: Iterable[_Item], what: str, total: int) -> Iterator[_Item]:
+    """Pass on each of `total` items as it is found; on a terminal, a bar on stderr shows how many there are."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    disable = not console.is_terminal
+    # Refreshed but once a second, so that it costs nothing that is measured.
+    yield from track(found, what, total, console=console, transient=True, refresh_per_second=1, disable=disable)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ Four questions, a table each:
 - quantum: how does throughput depend on the quantum, and is the automatic one good?
 - starvation: how long does the most disfavoured client wait, at most?
 
+All four take some minutes; on a terminal a bar shows how far they are.
+
 All times but those of the cost table are virtual. In benchmarks/simulation, clients.py says how the clients behave,
 node.py what is idealised, and mixes.py what the jobs do.
 """
@@ -217,7 +219,7 @@ def _quantum(options: argparse.Namespace) -> tuple[dict[str, Any], list[report.R
     """Throughput by the quantum."""
     plan = [(pair, policy) for pair in quanta.PAIRS for policy in options.policy or runs.policies()]
     measure = partial(quanta.measure, bandwidth=options.bandwidth, check=options.check, length=options.length or 1.0)
-    found = runs.spread(measure, plan, options.processes)
+    found = runs.spread(measure, plan, options.processes, "quantum")
     names = list(found[0]["fixed_s"])
     report.show(
         "Two jobs that do not fit together: seconds by quantum (virtual time; serial: one after the other; phase: a "
@@ -247,7 +249,7 @@ def _quantum(options: argparse.Namespace) -> tuple[dict[str, Any], list[report.R
 def _starvation(options: argparse.Namespace) -> tuple[dict[str, Any], list[report.Row]]:
     """The longest wait in an adversarial stream."""
     measure = partial(starvation.measure, bandwidth=options.bandwidth, check=options.check)
-    found = runs.spread(measure, options.policy or runs.policies(), options.processes)
+    found = runs.spread(measure, options.policy or runs.policies(), options.processes, "starvation")
     report.show(
         f"One disfavoured client against a stream, {starvation.HORIZON:.0f} s (virtual time)",
         ("policy", "longest wait", "leases", "share of the GPU", "the stream's"),

@@ -12,11 +12,13 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
+from itertools import starmap
 from typing import Any
 
 from acb.broker.core import Broker, Gpu
 from acb.broker.policies import POLICIES
 from acb.protocol import VERSION, Evacuate, Evacuated, Grant, Hello, Message, Request, Restored, Yield
+from benchmarks import report
 from benchmarks.simulation.mixes import GiB
 
 GPUS = 8
@@ -106,9 +108,8 @@ def measure(clients: int, policy: str, setting: str, rounds: int = ROUNDS, cycle
 
 def table(policies: Sequence[str], sizes: Sequence[int]) -> list[dict[str, Any]]:
     """All points: settings by policies by numbers of clients."""
-    return [
-        measure(clients, policy, setting) for setting in SETTINGS for policy in policies for clients in sorted(sizes)
-    ]
+    plan = [(clients, policy, setting) for setting in SETTINGS for policy in policies for clients in sorted(sizes)]
+    return list(report.track(starmap(measure, plan), "cost of a decision", len(plan)))
 
 
 def summary(points: Sequence[dict[str, Any]]) -> dict[str, float | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
@@ -45,12 +45,13 @@ class Run(NamedTuple):
     check: bool = False
 
 
-def spread(call: Callable[[_Item], _Result], items: Iterable[_Item], processes: int) -> list[_Result]:
-    """`call` of each item, by so many processes: none of them has to do with another."""
+def spread(call: Callable[[_Item], _Result], items: Sequence[_Item], processes: int, what: str = "") -> list[_Result]:
+    """`call` of each item, by so many processes: none of them has to do with another. A terminal shows how far `what`
+    is."""
     if processes == 1:
-        return [call(item) for item in items]
+        return list(report.track(map(call, items), what, len(items)))
     with ProcessPoolExecutor(processes, multiprocessing.get_context("forkserver")) as pool:
-        return list(pool.map(call, items))
+        return list(report.track(pool.map(call, items), what, len(items)))
 
 
 def run(what: Run) -> Outcome:
@@ -62,7 +63,7 @@ def run_all(plan: Sequence[Run], processes: int) -> list[Outcome]:
     """Run all of it, node by node."""
     parts = [(index, what, number) for index, what in enumerate(plan) for number in range(-(-what.gpus // GPUS_A_NODE))]
     outcomes = [Outcome() for _ in plan]
-    for (index, _, _), part in zip(parts, spread(_run_part, parts, processes), strict=True):
+    for (index, _, _), part in zip(parts, spread(_run_part, parts, processes, "runs"), strict=True):
         outcomes[index].add(part)
     return outcomes
 
