@@ -12,6 +12,9 @@ from acb.client.phases import SwapCost
 MAX_RETRY = 2.0
 """Seconds, at most, between tries to bring memory back to a GPU on which somebody acb knows nothing of takes room."""
 
+TRIES = 6
+"""Failures in a row, for another reason than that there is no room, after which memory is thought to be lost."""
+
 
 class Moved(NamedTuple):
     """What a move came to: bytes and seconds, and why it is not all, or ''."""
@@ -35,6 +38,7 @@ class Memory:
         self.last_resident = self.last_peak = 0
         """What resident() and peak() said last. Asking anew needs the driver, which may have suspended us."""
         self._restore_wait = 0.0
+        self._failures = 0  # of restore(), in a row, for another reason than room
         self._back = Moved(0, 0.0)
         self._evacuators = evacuators
 
@@ -96,9 +100,10 @@ class Memory:
     def restore(self, limit: int | None = None) -> Moved:
         """Bring all memory back, or at most `limit` bytes: what has come back under this lease. Raises MemoryError when
         there is no room for it: restore_at says when to try again, at ever longer intervals.
-        """
-        from acb.client.runtime import warn_once
 
+        Any other failure is taken for that, too, at first: the memory is safe on the host, and a driver that is out of
+        memory says so in many ways. After TRIES the program goes on, and what it touches of that raises its own error.
+        """
         before = self.resident()
         start = time.monotonic()
         moved = 0
@@ -108,8 +113,8 @@ class Memory:
                     moved += int(evacuator.restore(None if limit is None else max(0, limit - moved)))
                 except MemoryError:
                     raise
-                except Exception as error:  # what it lost the program will see when it touches it; it must not hang
-                    warn_once(f"restore:{evacuator.name}", f"memory of {evacuator.name} cannot be restored: {error!r}")
+                except Exception as error:
+                    self._failed(evacuator.name, error)
         except MemoryError:
             self._came_back(max(0, self.resident() - before), start)
             self.restore_at = time.monotonic() + self._restore_wait
@@ -117,8 +122,17 @@ class Memory:
             raise
         self._came_back(moved, start)
         if limit is None:
-            self.evacuated, self.unrestored = 0, False
+            self.evacuated, self.unrestored, self._failures = 0, False, 0
         return self._back
+
+    def _failed(self, name: str, error: Exception) -> None:
+        """A framework could not bring its memory back. Raises MemoryError as long as it is to be tried again."""
+        self._failures += 1
+        if self._failures < TRIES:
+            raise MemoryError(str(error)) from error
+        from acb.client.runtime import warn_once
+
+        warn_once(f"restore:{name}", f"memory of {name} cannot be restored: {error!r}")
 
     def _came_back(self, moved: int, start: float) -> None:
         """So many bytes, since `start`, and perhaps not all."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from acb.hooks import require
+
 if TYPE_CHECKING:
     from acb.client.gate import Gate
     from acb.hooks.torch.patching import Patches
@@ -15,7 +17,10 @@ _patches: Patches | None = None
 
 
 def install(torch: ModuleType) -> None:
-    """Simulate the GPU if that was asked for, and gate PyTorch; called once, when ``import torch`` is done."""
+    """Simulate the GPU if that was asked for, and gate PyTorch; called once, when ``import torch`` is done.
+
+    Raises RuntimeError for a PyTorch that is too old.
+    """
     global _installed
     if _installed:
         return
@@ -23,6 +28,8 @@ def install(torch: ModuleType) -> None:
     from acb.client.runtime import after_fork, client, warn_once
 
     this = client()
+    if this.gating or this.simulated is not None:
+        require("torch", str(torch.__version__))
     if this.simulated is not None:
         from acb.hooks.torch import simulated
 

@@ -81,15 +81,13 @@ def patch_dlpack(patches: Patches) -> None:
     import torch.utils.dlpack as dlpack
 
     def exporting(original: Any) -> Any:
-        through_gate = gated(original)
-
         @functools.wraps(original)
         def export(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-            capsule = through_gate(tensor, *args, **kwargs)
+            capsule = original(tensor, *args, **kwargs)
             reach.pin(tensor, "was handed out through DLPack")
             return capsule
 
-        return export
+        return gated(export)  # with the pinning, or memory could be moved in between
 
     patches.replace(torch._C, "_to_dlpack", exporting)
     if hasattr(torch._C, "_to_dlpack_versioned"):
@@ -127,7 +125,7 @@ def patch_array_interface(patches: Patches) -> None:
         reach.pin(tensor, "was handed out through __cuda_array_interface__")
         return interface
 
-    patches.set(torch.Tensor, "__cuda_array_interface__", property(get, doc=described.__doc__))
+    patches.set(torch.Tensor, "__cuda_array_interface__", property(gated(get), doc=described.__doc__))
 
 
 STEPS = (

@@ -84,13 +84,15 @@ def patch_graphs(patches: Patches) -> None:
 
     @functools.wraps(kind.capture_begin)
     def capture_begin(self: Any, *args: Any, **kwargs: Any) -> Any:
-        reach.captured(self)
+        new = reach.captured(self)
         stretch = Stretch()
         stretch.enter()
         try:
             result = capture(self, *args, **kwargs)
         except BaseException:
             stretch.exit()
+            if new:
+                reach.uncaptured(self)
             raise
         capturing[self] = stretch
         return result
@@ -206,11 +208,11 @@ def patch_storages(patches: Patches) -> None:
 
     @functools.wraps(share)
     def _share_cuda_(self: Any, *args: Any, **kwargs: Any) -> Any:
-        handle = gated(share, storage_touches)(self, *args, **kwargs)
+        handle = share(self, *args, **kwargs)
         reach.pin_storage(self, "is shared with another process")
         return handle
 
-    patches.set(kind, "_share_cuda_", _share_cuda_)
+    patches.set(kind, "_share_cuda_", gated(_share_cuda_, storage_touches))
     make = gated(kind.__new__, lambda args, kwargs: devices.touches(args[1:], kwargs), retried=True)
     patches.set(kind, "__new__", staticmethod(make))
 

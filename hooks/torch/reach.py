@@ -40,9 +40,11 @@ def pin(tensor: Any, reason: str) -> None:
         _pinned[tensor.untyped_storage()] = reason
 
 
-def captured(graph: Any) -> None:
-    """A CUDA graph is being captured: it will know the addresses of whatever it uses."""
+def captured(graph: Any) -> bool:
+    """A CUDA graph is being captured: it will know the addresses of whatever it uses. Whether it knew none before."""
+    new = graph not in _graphs
     _graphs.add(graph)
+    return new
 
 
 def uncaptured(graph: Any) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from broker_harness import MIB, Program, Site, wait_until
 
+from acb.client.memory import TRIES
+
 
 def quiet_end(*programs: Program) -> None:
     """They end well, and have said nothing."""
@@ -281,6 +283,22 @@ def test_memory_is_brought_back_when_room_is_made_for_it(site: Site) -> None:
     quiet_end(first, second)
 
 
+def test_a_restore_that_fails_for_any_reason_is_tried_again(site: Site) -> None:
+    site.start("1x64MiB")
+    first, second = site.program(), site.program()
+    first.do("enter")
+    first.do("add", "model", 40 * MIB)
+    first.do("leave")
+    second.do("enter")
+    site.wait_for(first, "evacuated")
+    second.do("leave")
+    first.do("fail", "restore", *["bug"] * (TRIES - 1))
+    first.do("enter")
+    first.do("operate")
+    first.do("leave")
+    quiet_end(first, second)
+
+
 def test_what_cannot_be_restored_at_all_does_not_hang_the_program(site: Site) -> None:
     site.start("1x64MiB")
     first, second = site.program(), site.program()
@@ -290,7 +308,7 @@ def test_what_cannot_be_restored_at_all_does_not_hang_the_program(site: Site) ->
     second.do("enter")
     site.wait_for(first, "evacuated")
     second.do("leave")
-    first.do("fail", "restore", "bug")
+    first.do("fail", "restore", *["bug"] * TRIES)
     first.do("enter")
     kind, message = first.fails("operate")
     assert (kind, message) == ("AssertionError", "memory is not on the card")

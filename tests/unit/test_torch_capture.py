@@ -104,3 +104,17 @@ def test_a_capture_that_is_given_up_is_ended_by_the_reset(gate: Gate) -> None:
     graph.capture_begin()
     graph.reset()
     assert not gate.busy()
+
+
+def test_a_capture_that_never_began_pins_nothing_and_frees_nothing(gate: Gate) -> None:
+    graph, other = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    graph.failing = "capture_begin"
+    with pytest.raises(RuntimeError):
+        capture(graph)
+    assert reach.obstacle([]) is None
+    capture(other)
+    other.failing = "capture_begin"
+    with pytest.raises(RuntimeError):
+        capture(other)  # as on a real GPU: it owns a captured graph already
+    assert reach.obstacle([]) is not None
+    other.reset()

@@ -526,6 +526,18 @@ def test_a_hook_that_fails_is_reported_and_left_out(capsys: pytest.CaptureFixtur
     assert "patch what is missing" in warned[0][1]
 
 
+@pytest.mark.parametrize("hand_out", ["_to_dlpack", "_to_dlpack_versioned"])
+def test_an_address_is_handed_out_and_pinned_in_one_region(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch, hand_out: str
+) -> None:
+    from acb.hooks.torch import reach
+
+    busy: list[bool] = []
+    monkeypatch.setattr(reach, "pin", lambda *_: busy.append(gate.busy()))
+    getattr(torch._C, hand_out)(torch.ones(3))
+    assert busy == [True]
+
+
 # --- out of memory --------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from acb.cli.acb.doctor import scan
 from acb.cli.acb.doctor.check import Check
 from acb.config import EX_DATAERR, ConfigError
-from acb.hooks import VERSIONS
+from acb.hooks import VERSIONS, numbers
 
 SECTION = "Frameworks"
 
@@ -67,7 +67,7 @@ def _python(found: dict[str, Any]) -> Check:
             SECTION, "Python", "warn", f"{version}, the free-threaded build, which acb does not support",
             "use the ordinary build",
         )  # fmt: skip
-    if _numbers(version) < (3, 10):
+    if numbers(version) < (3, 10):
         return Check(
             SECTION, "Python", "warn", f"{version}: programs run without acb in it", "use Python 3.10 or newer"
         )  # fmt: skip
@@ -86,7 +86,7 @@ def _one(framework: dict[str, Any], gpu_here: bool) -> Check:
             "let it use the GPU only while no program under acb does",
         )  # fmt: skip
     first, tested = VERSIONS[name]
-    if _numbers(version) < _numbers(first):
+    if numbers(version) < numbers(first):
         return Check(
             SECTION, title, "warn", f"{text}; acb's hooks need {first} or newer", f"update {name}, to {tested} say"
         )  # fmt: skip
@@ -97,21 +97,10 @@ def _one(framework: dict[str, Any], gpu_here: bool) -> Check:
             SECTION, title, "warn", f"{text}: it cannot use this machine's GPU",
             f"install its CUDA build: {INDEX[name]}",
         )  # fmt: skip
-    if _numbers(version)[:2] > _numbers(tested)[:2]:
+    if numbers(version)[:2] > numbers(tested)[:2]:
         text += f"; newer than acb was tested with ({tested}): a part that does not fit is named when a program starts"
         return Check(SECTION, title, "note", text)
     return Check(SECTION, title, "ok", text + ("" if gpu_here or cuda else ", enough for simulated GPUs"))
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """``2.13.0+cpu`` is (2, 13, 0), as is ``2.13.0rc1``."""
-    numbers = []
-    for part in version.partition("+")[0].split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        numbers.append(int(digits))
-    return tuple(numbers)
 
 
 def is_file(text: str) -> str:
