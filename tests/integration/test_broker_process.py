@@ -11,11 +11,10 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from broker_harness import MIB, FakeBroker, Site, wait_until
+from broker_harness import MIB, FakeBroker, Site, fill, wait_until
 
 from acb._version import __version__
 from acb.processes import start_time
@@ -29,13 +28,6 @@ def one_line(text: str) -> str:
     assert text.count("\n") == 1, text
     assert text.startswith("gpu_assigner: "), text
     return text
-
-
-def fill(path: Path) -> None:
-    """Make a file as large as the disk allows."""
-    with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(4096))
 
 
 # --- life -------------------------------------------------------------------------------------------------------------
@@ -351,20 +343,6 @@ def test_a_directory_that_this_user_may_not_write_is_refused(site: Site) -> None
     assert str(site.directory) in one_line(said)
     site.directory.chmod(0o700)
     assert os.listdir(site.directory) == []
-
-
-@pytest.fixture
-def small_disk(site: Site) -> Iterator[Path]:
-    """A file system of 256 KiB: enough for a broker's files and a simulated GPU, unless it is filled."""
-    path = site.directory / "disk"
-    path.mkdir(mode=0o700)
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k,mode=0700", "acb-test", path], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    yield path
-    subprocess.run(["umount", path], check=True)
 
 
 def test_a_read_only_file_system_is_refused(site: Site, small_disk: Path) -> None:
