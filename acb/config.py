@@ -75,6 +75,19 @@ def describe_simulated(capacities: Iterable[int]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
+def format_pool(capacities: Iterable[int]) -> str:
+    """A pool's GPUs for a launcher to read: ``2x17179869184+1x8589934592``, sizes in bytes."""
+    return "+".join(f"{count}x{size}" for count, size in _runs(capacities))
+
+
+def parse_pool(text: str) -> list[int]:
+    """The sizes in what format_pool() wrote; [] when the text is something else, of another release say."""
+    if not re.fullmatch(r"[0-9]{1,2}x[0-9]{1,19}(\+[0-9]{1,2}x[0-9]{1,19})*", text):
+        return []
+    runs = [run.split("x") for run in text.split("+")]
+    return [int(size) for count, size in runs for _ in range(int(count))]
+
+
 def parse_size(text: str) -> int:
     """Bytes in a size such as ``10GiB``, ``512M``, ``1.5 GB`` or ``1048576``; K, M, G, T alone are powers of 1024.
 

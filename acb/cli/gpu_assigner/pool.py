@@ -19,6 +19,7 @@ from acb.config import (
     ConfigError,
     SimulatedSpec,
     describe_simulated,
+    format_pool,
     format_size,
     simulated_dir,
 )
@@ -49,8 +50,8 @@ class Pool:
     driver_version: str | None = None
 
     def variables(self) -> dict[str, str]:
-        """The environment, and the pool's GPU count and largest size, by which a launcher can tell what is too much."""
-        return {**self.environment, "ACB_POOL": f"{len(self.gpus)}x{max(gpu.capacity for gpu in self.gpus)}"}
+        """The environment, and the pool's sizes, by which a launcher can tell what is too much."""
+        return {**self.environment, "ACB_POOL": format_pool(gpu.capacity for gpu in self.gpus)}
 
     def driver_tier(self, choice: str, journal: Journal) -> DriverTier | None:
         """What has the driver move memory, as ``--driver-tier`` has it: ``auto``, ``on`` or ``off``."""
