@@ -254,9 +254,16 @@ def programs_path() -> Path | None:
 
 def simulated_dir(spec: SimulatedSpec) -> Path:
     """The directory of the simulated GPUs that all programs started with the same `spec` share, within one job."""
+    return runtime_dir() / simulated_name(spec)
+
+
+def simulated_name(spec: SimulatedSpec | None) -> str:
+    """The name of that directory; None: what all such names begin with."""
+    if spec is None:
+        return "simulated-"
     name = re.sub(r"[^A-Za-z0-9.]+", "-", str(spec))
     if len(name) > _NAME_MAX:
         import hashlib
 
         name = name[:_NAME_MAX] + "-" + hashlib.sha256(str(spec).encode()).hexdigest()[:16]
-    return runtime_dir() / ("simulated-" + name + job_suffix())
+    return "simulated-" + name + job_suffix()

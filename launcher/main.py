@@ -158,6 +158,7 @@ def _prepare(options: Options, environ: dict[str, str], file: str) -> dict[str, 
     if options.broker == "off":
         if options.simulate is not None:
             variables["ACB_SIMULATED"] = str(_simulated_cards(options.simulate))
+            variables["ACB_SIMULATED_GPUS"] = options.simulate
     else:
         socket = _running_broker(options)
         variables = broker_variables(config.env_path())
@@ -228,13 +229,17 @@ def _running_broker(options: Options) -> Path:
 
 
 def _simulated_cards(simulate: str) -> Path:
-    """The simulated GPUs that all programs started with the same specification share; made if they are not there."""
-    from acb.devices.simulated import CardError, create_cards
+    """The folder of the simulated GPUs that all programs started with the same specification share.
+
+    It is only tried whether it can be made: it is there while a program uses it.
+    """
+    from acb.devices.simulated import CardError
+    from acb.devices.simulated_folder import try_out
 
     spec = config.parse_simulated(simulate)
     directory = config.simulated_dir(spec)
     try:
-        create_cards(directory, spec)
+        try_out(directory, spec)
     except (CardError, OSError) as error:
         raise config.ConfigError(
             f"cannot make simulated GPUs in {directory}: {getattr(error, 'strerror', None) or error}; "

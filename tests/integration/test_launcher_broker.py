@@ -41,7 +41,13 @@ def test_simulated_gpus_without_a_broker(acb: Installation) -> None:
     for _ in range(2):
         result = acb.launch("/usr/bin/printenv", "ACB_SIMULATED", options=["--broker=off", "--simulate-gpus=2x1GiB"])
         assert result == (0, f"{acb.runtime}/simulated-2x1GiB\n", "")
-    assert sorted(file.name for file in (acb.runtime / "simulated-2x1GiB").glob("*.card")) == ["gpu0.card", "gpu1.card"]
+        assert list(acb.runtime.iterdir()) == []
+    show = "import acb, os; acb.begin(); print(*sorted(os.listdir(os.environ['ACB_SIMULATED'])))"
+    options = ["--broker=off", "--simulate-gpus=2x1GiB"]
+    for command in ([sys.executable, "-c", show], ["sh", "-c", '"$0" -c "$1" && "$0" -c "$1"', sys.executable, show]):
+        result = acb.launch(*command, options=options)
+        assert result == (0, "gpu0.card gpu1.card users\n" * (2 if "sh" in command else 1), "")
+        assert list(acb.runtime.iterdir()) == []
 
 
 def test_more_than_the_gpus_can_ever_give_is_refused_before_anything_is_started(acb: Installation) -> None:
