@@ -75,6 +75,19 @@ def describe_simulated(capacities: Iterable[int]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
+def format_pool(capacities: Iterable[int]) -> str:
+    """A pool's GPUs for a launcher to read: ``2x17179869184+1x8589934592``, sizes in bytes."""
+    return "+".join(f"{count}x{size}" for count, size in _runs(capacities))
+
+
+def parse_pool(text: str) -> list[int]:
+    """The sizes in what format_pool() wrote; [] when the text is something else, of another release say."""
+    if not re.fullmatch(r"[0-9]{1,2}x[0-9]{1,19}(\+[0-9]{1,2}x[0-9]{1,19})*", text):
+        return []
+    runs = [run.split("x") for run in text.split("+")]
+    return [int(size) for count, size in runs for _ in range(int(count))]
+
+
 def parse_size(text: str) -> int:
     """Bytes in a size such as ``10GiB``, ``512M``, ``1.5 GB`` or ``1048576``; K, M, G, T alone are powers of 1024.
 
@@ -241,9 +254,16 @@ def programs_path() -> Path | None:
 
 def simulated_dir(spec: SimulatedSpec) -> Path:
     """The directory of the simulated GPUs that all programs started with the same `spec` share, within one job."""
+    return runtime_dir() / simulated_name(spec)
+
+
+def simulated_name(spec: SimulatedSpec | None) -> str:
+    """The name of that directory; None: what all such names begin with."""
+    if spec is None:
+        return "simulated-"
     name = re.sub(r"[^A-Za-z0-9.]+", "-", str(spec))
     if len(name) > _NAME_MAX:
         import hashlib
 
         name = name[:_NAME_MAX] + "-" + hashlib.sha256(str(spec).encode()).hexdigest()[:16]
-    return runtime_dir() / ("simulated-" + name + job_suffix())
+    return "simulated-" + name + job_suffix()

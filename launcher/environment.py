@@ -5,6 +5,7 @@
 ``ACB_HOME``, ``ACB_PYTHON``     the directory that holds the package acb, and the Python of that installation
 ``ACB_SOCKET``, ``ACB_BROKER``   where the broker listens; ``auto``, ``require`` or ``off``
 ``ACB_SIMULATED``                the directory of the simulated GPUs, when there are any
+``ACB_SIMULATED_GPUS``           what they are, as after --simulate-gpus
 ``ACB_POOL``, ``ACB_DEVICES``    what the broker lends, for the launcher to check sizes and the client to check ordinals
 ``ACB_NAME``, ``ACB_TRACE``, ``ACB_GPU_MEMORY``, ``ACB_QUIET``   the options of the same names; memory in bytes
 ``ACB_GPUS``, ``ACB_PRIORITY``, ``ACB_WEIGHT``   the options of the same names

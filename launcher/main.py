@@ -5,7 +5,7 @@ input and output are its own. A broker is started when none runs.
 
   --broker auto|require|off   start a broker if none runs (auto, the default), insist on a running one, or use none
   --simulate-gpus NxSIZE      on a machine without a GPU: N simulated ones of SIZE each, as in 1x2GiB or 2x16GiB+1x8GiB
-  --gpu-memory SIZE           how much GPU memory COMMAND will need at most, as a hint to the broker
+  --gpu-memory SIZE           how much memory COMMAND will need at most, on each of its GPUs, as a hint to the broker
   --gpus K                    let COMMAND see K GPUs, which it gets all at once (torchrun's workers need no option)
   --priority N                -100 to 100: with the scheduler `priority`, who comes first (default 0)
   --weight W                  with the scheduler `fair`, its share of GPU time beside the others' (default 1)
@@ -154,10 +154,11 @@ def _prepare(options: Options, environ: dict[str, str], file: str) -> dict[str, 
     variables: dict[str, str] = {}
     if options.simulate is not None:
         sizes = config.parse_simulated(options.simulate).capacities
-        _check_pool(f"{len(sizes)}x{max(sizes)}", options, f"--simulate-gpus {options.simulate}")
+        _check_pool(sizes, options, f"--simulate-gpus {options.simulate}")
     if options.broker == "off":
         if options.simulate is not None:
             variables["ACB_SIMULATED"] = str(_simulated_cards(options.simulate))
+            variables["ACB_SIMULATED_GPUS"] = options.simulate
     else:
         socket = _running_broker(options)
         variables = broker_variables(config.env_path())
@@ -169,7 +170,9 @@ def _prepare(options: Options, environ: dict[str, str], file: str) -> dict[str, 
                     f"leave the option out, or end that broker first with: gpu_assigner stop",
                     config.EX_UNAVAILABLE,
                 )
-        _check_pool(variables.get("ACB_POOL", ""), options, "the running broker")
+        sizes_lent = config.parse_pool(variables.get("ACB_POOL", ""))
+        if sizes_lent:  # else it is a broker of another release, which will say so itself
+            _check_pool(sizes_lent, options, "the running broker")
         variables["ACB_SOCKET"] = str(socket)
     variables |= options.variables | {"ACB_BROKER": options.broker}
     flag = command.python_flag_against(file, options.command)
@@ -184,23 +187,25 @@ def _prepare(options: Options, environ: dict[str, str], file: str) -> dict[str, 
     return instrumented(environ, variables, sys.executable)
 
 
-def _check_pool(pool: str, options: Options, whose: str) -> None:
-    """Raise ConfigError when the GPUs, COUNTxLARGEST of `whose`, can never be what the options ask for."""
-    count, _, largest = pool.partition("x")
-    if not (count.isdigit() and largest.isdigit()):
-        return  # a broker of another release, which will say so itself
+def _check_pool(sizes: Sequence[int], options: Options, whose: str) -> None:
+    """Raise ConfigError when GPUs of these sizes, those of `whose`, can never be what the options ask for.
+
+    As the broker judges, at the program's first GPU call: see acb.broker.limits.
+    """
+    sizes = sorted(sizes, reverse=True)
     wanted = int(options.variables.get("ACB_GPUS", "1"))
-    if wanted > int(count):
+    if wanted > len(sizes):
         raise config.ConfigError(
-            f"--gpus {wanted}: {whose} has {count}; ask for less, or start a broker with more", config.EX_DATAERR
+            f"--gpus {wanted}: {whose} has {len(sizes)}; ask for less, or start a broker with more", config.EX_DATAERR
         )
     size = int(options.variables.get("ACB_GPU_MEMORY", "0"))
-    if size > int(largest):
-        raise config.ConfigError(
-            f"--gpu-memory {config.format_size(size)}: the largest GPU of {whose} has "
-            f"{config.format_size(int(largest))}",
-            config.EX_DATAERR,
-        )
+    if size <= sizes[wanted - 1]:
+        return
+    memory = f"--gpu-memory {config.format_size(size)}"
+    what = f"{memory}: the largest GPU of {whose} has {config.format_size(sizes[0])}"
+    if size <= sizes[0]:  # so that it is the number of them that is too much
+        what = f"--gpus {wanted} {memory}: {whose} has not so many so large"
+    raise config.ConfigError(f"{what}; ask for less, or start a broker with larger ones", config.EX_DATAERR)
 
 
 def _running_broker(options: Options) -> Path:
@@ -224,13 +229,17 @@ def _running_broker(options: Options) -> Path:
 
 
 def _simulated_cards(simulate: str) -> Path:
-    """The simulated GPUs that all programs started with the same specification share; made if they are not there."""
-    from acb.devices.simulated import CardError, create_cards
+    """The folder of the simulated GPUs that all programs started with the same specification share.
+
+    It is only tried whether it can be made: it is there while a program uses it.
+    """
+    from acb.devices.simulated import CardError
+    from acb.devices.simulated_folder import try_out
 
     spec = config.parse_simulated(simulate)
     directory = config.simulated_dir(spec)
     try:
-        create_cards(directory, spec)
+        try_out(directory, spec)
     except (CardError, OSError) as error:
         raise config.ConfigError(
             f"cannot make simulated GPUs in {directory}: {getattr(error, 'strerror', None) or error}; "

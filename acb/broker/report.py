@@ -76,7 +76,7 @@ def _client(client: Client, now: float, held: Mapping[int, int]) -> dict[str, An
         "priority": client.unit.priority,
         "weight": client.unit.weight,
         "resident": resident,
-        "evacuated": client.evacuated,
+        "evacuated": _on_host(client, resident),
         "peak": max(client.peak, resident),
         "headroom": client.headroom,
         "waiting_s": round(now - client.asked_at, 3) if client.waiting else None,
@@ -88,6 +88,12 @@ def _client(client: Client, now: float, held: Mapping[int, int]) -> dict[str, An
         "unmovable": printable(client.unmovable[:REASON_LENGTH]) or None,
         "stranded": client.stranded or None,
     }
+
+
+def _on_host(client: Client, resident: int) -> int:
+    """Bytes in host memory: the books count all of it until all is back, so what has come to the GPU is taken off."""
+    back = resident - client.resident if client.state == "restoring" else 0
+    return client.evacuated - min(client.evacuated, max(0, back))
 
 
 def _since(client: Client) -> float:

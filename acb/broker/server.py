@@ -133,6 +133,7 @@ class Server:
         self._tell_referees()
         what = f"{self._description}, {as_typed(self._journal.options)}"
         log_event("started", f"version {__version__}, process {os.getpid()}, {what}, at {self._path}")
+        self._history.check()
         try:
             while not self._stopping:
                 for descriptor, _ in self._poller.poll(self._timeout()):

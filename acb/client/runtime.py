@@ -30,6 +30,11 @@ class Client:
         simulated = os.environ.get("ACB_SIMULATED")
         self.gating = os.environ.get("ACB_BROKER") != "off" and bool(simulated or not _out_of_reach())
         self.simulated = Path(simulated) if simulated else None
+        if simulated:
+            from acb.devices import simulated_folder
+
+            simulated_folder.enter_given(os.environ)
+            _at_end[:] = [simulated_folder.leave_all]
         self.evacuators: list[Evacuator] = []
         self.agent = Agent(self.evacuators, name=_program_name(), simulated=self.simulated is not None)
         self.gate = Gate(self.agent.ask, self.agent.idle, self.agent.listen)
@@ -77,6 +82,7 @@ class Client:
 _client: Client | None = None
 _making = threading.Lock()
 _after_fork: list[Callable[[], None]] = []
+_at_end: list[Callable[[], None]] = []
 _warned: set[str] = set()
 
 
@@ -112,6 +118,8 @@ def _finish() -> None:
     """At the interpreter's end, while its threads still run."""
     if _client is not None:
         _client.agent.finish()
+    for last in _at_end:  # in a forked child, too, which has no client of its own
+        last()
 
 
 atexit.register(_finish)

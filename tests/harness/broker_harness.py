@@ -42,6 +42,13 @@ def wait_until(what: str, true: Callable[[], T | None]) -> T:
     raise AssertionError(f"waited in vain for {what}")
 
 
+def fill(path: Path) -> None:
+    """Make a file as large as the disk allows."""
+    with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
 class Site:
     """A runtime directory of its own, with whatever runs in it, on simulated GPUs. (On real ones: see nvidia_site.)"""
 

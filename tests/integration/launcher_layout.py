@@ -44,12 +44,12 @@ FINISHED = True
 DEVICES = """
 class CardError(Exception):
     pass
+"""
 
-
-def create_cards(directory, spec):
+FOLDER = """
+def try_out(directory, spec):
     directory.mkdir(mode=0o700, exist_ok=True)
     (directory / "gpu0.card").write_text(str(spec))
-    return [directory / "gpu0.card"]
 """
 
 BROKER = """
@@ -134,9 +134,10 @@ class Installation:
         for part in ("__init__.py", "_version.py", "config.py"):
             shutil.copy(REPOSITORY / "acb" / part, package)
         shutil.copytree(REPOSITORY / "launcher", package / "launcher")
-        for module, text in {"cli.gpu_assigner": BROKER, "devices.simulated": DEVICES, "hooks.torch": HOOK}.items():
+        standins = {"devices.simulated": DEVICES, "devices.simulated_folder": FOLDER}
+        for module, text in {"cli.gpu_assigner": BROKER, "hooks.torch": HOOK, **standins}.items():
             parent, _, last = module.partition(".")
-            (package / parent).mkdir()
+            (package / parent).mkdir(exist_ok=True)
             (package / parent / "__init__.py").touch()
             (package / parent / f"{last}.py").write_text(text)
 

@@ -6,16 +6,16 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from broker_harness import MIB, FakeBroker, Site, wait_until
+from broker_harness import MIB, FakeBroker, Site, fill, wait_until
 
 from acb._version import __version__
 from acb.processes import start_time
@@ -29,13 +29,6 @@ def one_line(text: str) -> str:
     assert text.count("\n") == 1, text
     assert text.startswith("gpu_assigner: "), text
     return text
-
-
-def fill(path: Path) -> None:
-    """Make a file as large as the disk allows."""
-    with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(4096))
 
 
 # --- life -------------------------------------------------------------------------------------------------------------
@@ -353,20 +346,6 @@ def test_a_directory_that_this_user_may_not_write_is_refused(site: Site) -> None
     assert os.listdir(site.directory) == []
 
 
-@pytest.fixture
-def small_disk(site: Site) -> Iterator[Path]:
-    """A file system of 256 KiB: enough for a broker's files and a simulated GPU, unless it is filled."""
-    path = site.directory / "disk"
-    path.mkdir(mode=0o700)
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k,mode=0700", "acb-test", path], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    yield path
-    subprocess.run(["umount", path], check=True)
-
-
 def test_a_read_only_file_system_is_refused(site: Site, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     result = site.gpu_assigner("start", "--simulate-gpus", "1x32MiB", ACB_RUNTIME_DIR=str(small_disk))
@@ -402,6 +381,74 @@ def test_a_disk_that_fills_up_later_stops_nobody(site: Site, small_disk: Path) -
     assert program.finish() == 0
     assert site.gpu_assigner("stop", ACB_RUNTIME_DIR=str(small_disk)).returncode == 0
     assert os.listdir(small_disk) == ["filling"]
+
+
+def simulated(site: Site) -> list[str]:
+    """The folders of simulated GPUs that there are."""
+    return sorted(path.name for path in site.directory.glob("simulated-*"))
+
+
+def test_simulated_gpus_stay_as_long_as_a_program_uses_them(site: Site) -> None:
+    site.start("1x64MiB")
+    program, other = site.program(), site.program()
+    program.do("enter")
+    program.do("add", "model", MIB)
+    assert site.gpu_assigner("stop").returncode == 0
+    assert simulated(site) == ["simulated-1x64MiB"]
+    assert other.finish() == 0  # it has never touched one
+    assert simulated(site) == ["simulated-1x64MiB"]
+    site.start("1x64MiB")
+    program.do("region")
+    assert site.used() == MIB
+    assert site.gpu_assigner("stop").returncode == 0
+    assert program.finish() == 0
+    assert simulated(site) == []
+
+
+def test_simulated_gpus_stay_for_a_program_that_has_nothing_on_them_yet(site: Site) -> None:
+    site.start("1x64MiB")
+    program = site.program()
+    with site.card() as before:
+        assert site.gpu_assigner("stop").returncode == 0
+        site.start("1x64MiB")
+        with site.card() as after:
+            assert os.path.samestat(os.fstat(before._file._fd), os.fstat(after._file._fd))
+    program.do("enter")
+    program.do("add", "model", MIB)
+    assert site.used() == MIB
+    program.kill()
+
+
+def test_simulated_gpus_of_a_killed_broker_go_with_the_next(site: Site) -> None:
+    site.start("1x64MiB")
+    program = site.program()
+    program.do("enter")
+    site.kill_broker()
+    assert simulated(site) == ["simulated-1x64MiB"]
+    program.kill()
+    (site.directory / "broker.journal").unlink()
+    site.start("1x32MiB")
+    assert simulated(site) == ["simulated-1x32MiB"]
+    site.kill_broker()
+    site.start("2x32MiB")
+    assert simulated(site) == ["simulated-2x32MiB"]
+    assert site.gpu_assigner("stop").returncode == 0
+    assert simulated(site) == []
+
+
+def test_the_next_program_of_a_script_makes_the_simulated_gpus_again(site: Site) -> None:
+    site.start("1x64MiB")
+    site.kill_broker()
+    shutil.rmtree(site.directory / "simulated-1x64MiB")
+    gone = {"ACB_SIMULATED": str(site.directory / "simulated-1x64MiB"), "ACB_SIMULATED_GPUS": "1x64MiB"}
+    program = site.program(**gone, ACB_BROKER="auto")
+    program.do("enter")
+    program.do("add", "model", MIB)
+    assert (site.report() or {})["clients"][0]["resident"] == MIB  # of a broker that it has started itself
+    program.do("leave")
+    assert program.finish() == 0
+    assert site.gpu_assigner("stop").returncode == 0
+    assert simulated(site) == []
 
 
 def test_a_limit_on_file_sizes_is_like_a_full_disk(site: Site) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from broker_harness import wait_until
 
-from acb.cli.acb.demo import PROGRAMS, scenes
+from acb.cli.acb.demo import NEEDS, PROGRAMS, scenes
 from acb.cli.acb.demo.progress import Progress
+from acb.cli.acb.demo.signals import Signals
 from acb.config import SimulatedSpec
 from acb.workloads import fasta
 
@@ -49,6 +52,73 @@ def test_what_the_demo_needs_is_said_in_one_line(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
     assert "pip install 'acb-gpu[demo]'" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def processes_of(directory: Path) -> list[str]:
+    """The commands of all processes that run with this directory in their environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.fsencode(directory) in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            pass  # it has ended, or is not ours
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_it_and_nothing_is_left(tmp_path: Path, number: signal.Signals) -> None:
+    for needed in NEEDS:
+        pytest.importorskip(needed)
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    command = [sys.executable, "-m", "acb.cli.acb", "demo", "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "TMPDIR": str(temporary), "ACB_TEST": str(temporary)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as demo:
+        wait_until("a program to run", lambda: any("fold.py" in found for found in processes_of(temporary)))
+        demo.send_signal(number)
+        _, said = demo.communicate(timeout=60)
+    # Python's own way with Ctrl-C in a command is a status.
+    assert demo.returncode == (130 if number == signal.SIGINT else -number), said
+    assert b"Traceback" not in said
+    assert processes_of(temporary) == []
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_signal_at_any_moment_ends_the_broker_too(tmp_path: Path) -> None:
+    play = """
+import os, pathlib, signal, sys
+from acb.cli.acb.demo import scenes, signals
+from acb.config import SimulatedSpec
+with signals.Signals() as held, scenes.Stage(pathlib.Path.cwd(), SimulatedSpec((1 << 20,)), held.check) as stage:
+    os.kill(os.getpid(), signal.SIGTERM)
+    stage.start_broker()
+    os.kill(os.getpid(), signal.SIGHUP)
+    print(stage.status()["devices"], flush=True)
+    stage.check()
+    print("not reached")
+"""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", play],
+        env={**os.environ, "TMPDIR": str(temporary), "ACB_TEST": str(temporary)},
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGTERM, "1 simulated GPU of 1MiB\n", "")
+    assert processes_of(temporary) == []
+    assert list(temporary.iterdir()) == []
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals() as held:
+            signal.raise_signal(signal.SIGHUP)
+            held.check()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_an_out_directory_that_cannot_be_made_is_said_in_one_line(tmp_path: Path) -> None:

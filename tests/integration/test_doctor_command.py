@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from broker_harness import REPOSITORY, Site
+from broker_harness import REPOSITORY, Site, fill
 
 from acb.devices import nvml
 
@@ -143,6 +144,25 @@ def test_the_probe_tries_the_driver(site: Site, card: dict[str, str]) -> None:
     assert broken["usable"] is True  # the other tiers remain
     assert broken["tiers"][1]["available"] is False
     assert "CUDA_ERROR_NOT_SUPPORTED" in broken["tiers"][1]["reason"]
+
+
+def test_a_full_disk_is_named(site: Site, small_disk: Path) -> None:
+    elsewhere = {"ACB_STATE_DIR": str(small_disk / "state")}
+    runtime = {"ACB_RUNTIME_DIR": str(small_disk)}
+    assert site.gpu_assigner("start", "--simulate-gpus", "1x32MiB", **runtime).returncode == 0
+    fill(small_disk / "filling")
+    for variables, subject, mark in ((elsewhere, "learning", "warn"), (runtime, "directory", "warn")):
+        checks = {check["subject"]: check for check in report(doctor(site, "--json", **variables))["checks"]}
+        assert checks[subject]["mark"] == mark
+        assert "No space left" in checks[subject]["text"]
+        assert subject == "learning" or checks["broker"]["mark"] == "ok"
+    assert site.gpu_assigner("stop", **runtime).returncode == 0
+    fill(small_disk / "filling")
+    os.truncate(small_disk / "filling", (256 - 64) << 10)  # not enough room for a simulated GPU
+    done = doctor(site, **runtime)
+    assert done.returncode == 1
+    assert "takes no new file: No space left on device" in " ".join(done.stdout.split())
+    assert os.listdir(small_disk) == ["filling"]
 
 
 def test_the_broker_that_runs_is_shown(site: Site) -> None:

@@ -429,7 +429,8 @@ def test_auto_without_broker_and_gpu_goes_on_with_a_warning(site: Site) -> None:
     card = site.card().path
     site.kill_broker()
     (site.directory / "broker.journal").unlink()
-    program = site.program(ACB_BROKER="auto", CUDA_VISIBLE_DEVICES="", ACB_SIMULATED=str(card.parent))
+    gpus = {"ACB_SIMULATED": str(card.parent), "ACB_SIMULATED_GPUS": "1x64MiB"}
+    program = site.program(ACB_BROKER="auto", CUDA_VISIBLE_DEVICES="", **gpus)
     program.do("enter")
     program.do("add", "model", MIB)
     program.do("leave")
@@ -437,7 +438,7 @@ def test_auto_without_broker_and_gpu_goes_on_with_a_warning(site: Site) -> None:
     assert program.finish() == 0
     assert program.errors.count("\n") == 1
     assert "no GPU broker runs and none can be started; going on without one" in program.errors
-    quiet = site.program(ACB_BROKER="auto", CUDA_VISIBLE_DEVICES="", ACB_SIMULATED=str(card.parent), ACB_QUIET="1")
+    quiet = site.program(ACB_BROKER="auto", CUDA_VISIBLE_DEVICES="", ACB_QUIET="1", **gpus)
     quiet.do("region", 3)
     quiet_end(quiet)
 

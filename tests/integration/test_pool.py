@@ -187,6 +187,29 @@ def test_what_a_program_needs_is_remembered_by_its_name(site: Site, tmp_path: Pa
         program.kill()
 
 
+def test_what_cannot_be_kept_is_logged_once(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    site.start("1x64MiB", ACB_STATE_DIR=str(tmp_path / "file"))
+    program = site.program()
+    program.do("take_turns", 1, MIB)
+    assert program.finish() == 0
+    assert site.gpu_assigner("stop").returncode == 0
+    [line] = site.broker_log().splitlines()
+    assert f"cannot be kept in {tmp_path / 'file' / 'programs.json'}" in line
+
+
+def test_a_place_is_understood_as_where_the_broker_was_started(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert site.gpu_assigner("start", "--simulate-gpus", "1x64MiB", ACB_STATE_DIR="learned").returncode == 0
+    program = site.program()
+    program.do("take_turns", 1, MIB)
+    assert program.finish() == 0
+    assert site.gpu_assigner("stop").returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["learned"]
+
+
 def test_two_programs_of_one_file_name_are_not_taken_for_each_other(site: Site, tmp_path: Path) -> None:
     site.start("1x64MiB", ACB_STATE_DIR=str(tmp_path))
     program = site.program()

@@ -63,6 +63,36 @@ def test_every_state_has_a_since(site: Site) -> None:
         each.kill()
 
 
+def test_what_has_come_back_is_not_on_the_host_any_more(site: Site) -> None:
+    site.start("1x64MiB", "--quantum", "0")
+    program, other = site.program(), site.program()
+    program.do("enter")
+    program.do("add", "model", 30 * MIB)
+    program.do("add", "cache", 10 * MIB)
+    program.do("leave")
+    other.do("enter")
+    other.do("add", "model", 40 * MIB)
+    other.do("leave")
+    wait_until("its memory to leave", lambda: site.client(program)["evacuated"] == 40 * MIB)
+    program.do("hold", "restore", "back")
+    program.begin("enter")
+    program.holds_at("restore")
+    for resident, evacuated in ((0, 40), (30, 10), (40, 0)):
+        client = site.client(program)
+        assert (client["state"], client["resident"], client["evacuated"]) == (
+            "restoring",
+            resident * MIB,
+            evacuated * MIB,
+        )
+        assert row(site, program)[2:4] == [f"{size}MiB" if size else "-" for size in (resident, evacuated)]
+        program.do("!step")
+        if evacuated:
+            program.holds_at("back")
+    program.end("enter")
+    for each in (program, other):
+        each.kill()
+
+
 def test_a_stopped_holder_is_shown_and_logged_and_keeps_what_it_has(site: Site) -> None:
     site.start("1x64MiB", "--quantum", "0")
     program, other = site.program(), site.program()

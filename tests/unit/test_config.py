@@ -191,3 +191,13 @@ def test_a_chosen_socket_is_used_as_it_is(places: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("ACB_SOCKET", "/" + "x" * 107)
     with pytest.raises(ConfigError, match="longer than 107 bytes"):
         config.socket_path()
+
+
+@given(st.lists(st.integers(1, 1 << 59), max_size=config.MAX_GPUS))
+def test_a_pool_is_read_as_it_was_written(sizes: list[int]) -> None:
+    assert config.parse_pool(config.format_pool(sizes)) == sizes
+
+
+@pytest.mark.parametrize("text", ["", "2x", "x5", "2x5GiB", "2x5+", "100x5", "2x5,speed=1"])
+def test_a_pool_of_another_release_is_none(text: str) -> None:
+    assert config.parse_pool(text) == []

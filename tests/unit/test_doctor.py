@@ -358,6 +358,20 @@ def test_a_directory_open_to_others_is_a_failure_with_its_remedy(runtime: Path) 
     assert check.advice == f"run: chmod 700 {runtime}"
 
 
+@pytest.mark.parametrize("place", ["state", "file", "file/deep/er", "gone/and/gone", "closed/in"])
+def test_whether_what_is_learned_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "closed/in/programs.json").mkdir(parents=True)
+    monkeypatch.setenv("ACB_STATE_DIR", str(tmp_path / place))
+    before = sorted(tmp_path.rglob("*"))
+    check = broker.learning()
+    assert str(tmp_path / place / "programs.json") in check.text
+    assert check.mark == ("ok" if place in ("state", "gone/and/gone") else "warn")
+    assert bool(check.advice) == (check.mark == "warn")
+    assert ("Not a directory" in check.text) == place.startswith("file")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_sockets_of_killed_brokers_are_named(runtime: Path) -> None:
     runtime.mkdir(mode=0o700)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:

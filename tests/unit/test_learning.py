@@ -106,12 +106,40 @@ def test_a_file_that_makes_no_sense_costs_nothing(tmp_path: Path, content: str) 
     assert isinstance(json.loads(file.read_text()), dict)
 
 
-def test_a_place_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_logged_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    history = History(tmp_path / "file" / "programs.json")
-    history.client_ended()
-    history.save()
+    place = tmp_path / "file" / "programs.json"
+    history = History(place)
+    history.check()
+    said = capfd.readouterr().err
+    assert f"cannot be kept in {place}" in said
+    assert "Not a directory; set ACB_STATE_DIR" in said
+    for _ in range(2):
+        history.client_ended()
+        history.save()
+    assert capfd.readouterr().err == ""
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_cannot_be_written_now_is_written_later(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    place = tmp_path / "state" / "programs.json"
+    history = History(place)
+    history.check()
+    assert capfd.readouterr().err == ""
+    assert list(tmp_path.iterdir()) == []
+    history.programs["a"].phase(1.0)
+    history.client_ended()
+    place.parent.touch()
+    history.save()
+    assert "cannot be kept" in capfd.readouterr().err
+    place.parent.unlink()
+    history.save()
+    assert set(json.loads(place.read_text())) == {"a"}
+
+
+def test_without_a_home_directory_nothing_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
+    History(None).check()
+    assert "there is no home directory; set ACB_STATE_DIR" in capfd.readouterr().err
 
 
 def test_samples_stay_in_order_however_they_come() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from acb.config import (
     ConfigError,
     SimulatedSpec,
     describe_simulated,
+    format_pool,
     format_size,
     simulated_dir,
 )
@@ -49,8 +49,8 @@ class Pool:
     driver_version: str | None = None
 
     def variables(self) -> dict[str, str]:
-        """The environment, and the pool's GPU count and largest size, by which a launcher can tell what is too much."""
-        return {**self.environment, "ACB_POOL": f"{len(self.gpus)}x{max(gpu.capacity for gpu in self.gpus)}"}
+        """The environment, and the pool's sizes, by which a launcher can tell what is too much."""
+        return {**self.environment, "ACB_POOL": format_pool(gpu.capacity for gpu in self.gpus)}
 
     def driver_tier(self, choice: str, journal: Journal) -> DriverTier | None:
         """What has the driver move memory, as ``--driver-tier`` has it: ``auto``, ``on`` or ``off``."""
@@ -74,9 +74,11 @@ class Pool:
             return None
 
     def close(self) -> None:
-        """Remove the simulated cards, unless a program still uses them."""
-        if self.directory is not None and not any(card.processes() for card in self.cards):
-            shutil.rmtree(self.directory, ignore_errors=True)
+        """Leave the simulated cards; they are removed unless a program still uses them, or with the last that does."""
+        if self.directory is not None:
+            from acb.devices import simulated_folder
+
+            simulated_folder.leave(self.directory)
 
 
 def parse_gpu_list(text: str) -> list[str]:
@@ -125,26 +127,26 @@ def real(chosen: Sequence[str] | None) -> Pool:
 
 def simulated(spec: SimulatedSpec, chosen: Sequence[str] | None) -> Pool:
     """Simulated GPUs. Raises ConfigError when their files cannot be made, or an unknown one is chosen."""
-    from acb.devices.simulated import Card, CardError, create_cards
+    from acb.devices import simulated_folder
+    from acb.devices.simulated import Card, CardError
 
     ordinals = {str(n): n for n in range(len(spec.capacities))}
     picked = (
         list(ordinals.values()) if chosen in (None, ["all"]) else [_pick(ordinals, entry) for entry in chosen or ()]
     )
     directory = simulated_dir(spec)
-    existed = directory.exists()
+    simulated_folder.sweep(directory.parent)
     try:
-        create_cards(directory, spec)
+        simulated_folder.enter(directory, spec)
         cards = [Card.open(directory, n) for n in picked]
     except (CardError, OSError) as error:
-        if not existed:
-            shutil.rmtree(directory, ignore_errors=True)
+        simulated_folder.leave(directory)
         raise ConfigError(f"cannot make the simulated GPUs in {directory}: {error}", EX_CANTCREAT) from None
     return Pool(
         [Gpu(n, spec.capacities[n], str(n), kind="simulated") for n in picked],
         describe_simulated(spec.capacities[n] for n in picked),
         cards,
-        {"ACB_SIMULATED": str(directory)},
+        {"ACB_SIMULATED": str(directory), "ACB_SIMULATED_GPUS": str(spec)},
         directory,
     )
 

@@ -190,7 +190,7 @@ def _spawn(path: Path, options: argparse.Namespace) -> int:
             stderr=saying,
             start_new_session=True,
             cwd="/",
-            env={**os.environ, "ACB_RUNTIME_DIR": str(path.parent), "PYTHONPATH": _search_path()},
+            env={**os.environ, **_state(), "ACB_RUNTIME_DIR": str(path.parent), "PYTHONPATH": _search_path()},
         )
     except OSError as error:
         os.close(said)
@@ -199,6 +199,12 @@ def _spawn(path: Path, options: argparse.Namespace) -> int:
         os.close(saying)
     with open(said, errors="replace") as stream:
         return _wait_for_start(path, process, stream)
+
+
+def _state() -> dict[str, str]:
+    """Where the background process, in a working directory of its own, is to keep what it learns."""
+    programs = programs_path()
+    return {} if programs is None else {"ACB_STATE_DIR": str(programs.parent)}
 
 
 def _wait_for_start(path: Path, process: subprocess.Popen[bytes], said: TextIO) -> int:

@@ -144,6 +144,7 @@ class Memory(Steps):
                 raise MemoryError(str(error)) from None
             self.on_card[key] = self.on_host.pop(key)
             moved += nbytes
+            self.step("back")
         if self.on_host:
             self.step("part")
         return moved

@@ -43,6 +43,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the three scenes; exit status 0 when all programs finish under acb with the results they have alone."""
     from acb.cli.acb.demo import scenes, timeline
     from acb.cli.acb.demo.progress import Progress
+    from acb.cli.acb.demo.signals import Signals
 
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     except OSError as error:
         raise ConfigError(f"cannot write in {out}: {error.strerror}; choose another --out", EX_CANTCREAT) from None
     spec: SimulatedSpec = options.simulate_gpus
-    with scenes.Stage(out, spec) as stage, Progress(sys.stderr) as progress:
+    with Signals() as signals, scenes.Stage(out, spec, signals.check) as stage, Progress(sys.stderr) as progress:
         summary = scenes.play(stage, PROGRAMS[options.program], progress)
     picture = timeline.draw(out, summary, f"{len(PROGRAMS[options.program])} programs on {stage.gpu_words}")
     summary["timeline"] = picture.name

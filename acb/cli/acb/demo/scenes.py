@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -31,11 +31,15 @@ OPTIONS = {"fold.py": ("--layers", "4"), "fold_jax.py": ("--layers", "6")}
 
 
 class Stage:
-    """Where the demo plays: a runtime directory of its own, so that no other broker is touched. A context manager."""
+    """Where the demo plays: a runtime directory of its own, so that no other broker is touched. A context manager.
 
-    def __init__(self, out: Path, spec: SimulatedSpec) -> None:
+    `check` is called again and again, and raises when the play is to be broken off.
+    """
+
+    def __init__(self, out: Path, spec: SimulatedSpec, check: Callable[[], None] = lambda: None) -> None:
         self.out = out
         self.spec = spec
+        self.check = check
         self.gpu_words = describe_simulated(spec.capacities)
         self._runtime = tempfile.mkdtemp(prefix="acb-demo-")
         self.environment = {**os.environ, **ONE_THREAD, "ACB_RUNTIME_DIR": self._runtime}
@@ -75,7 +79,15 @@ class Stage:
 
     def _assigner(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "acb.cli.gpu_assigner", *arguments]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            start_new_session=True,  # a Ctrl-C is not for it: it is what puts things away
+        )
 
 
 class Program:
@@ -145,7 +157,7 @@ def play(stage: Stage, scripts: Sequence[str], progress: Progress) -> dict[str, 
         for title in (f"0. {kind} alone, to warm up (not counted)", f"1. {kind} alone"):
             progress.begin(title)
             program = Program(stage, name, kind, stage.out / "alone" / name, without)
-            alone_s[kind] = _watch([program], progress)
+            alone_s[kind] = _watch(stage, [program], progress)
             if program.state() != "finished":
                 raise ConfigError(f"{kind} does not run here even alone: {program.problem()}", EX_UNAVAILABLE)
         alone[kind] = program
@@ -154,7 +166,7 @@ def play(stage: Stage, scripts: Sequence[str], progress: Progress) -> dict[str, 
         Program(stage, f"{script.removesuffix('.py')} {n}", script, stage.out / "without_acb" / str(n), without)
         for n, script in enumerate(scripts, start=1)
     ]
-    without_s = _watch(crowd, progress)
+    without_s = _watch(stage, crowd, progress)
     progress.begin(f"3. {len(scripts)} at once, with acb")
     stage.start_broker()
     trace = stage.out / "trace.jsonl"
@@ -170,7 +182,7 @@ def play(stage: Stage, scripts: Sequence[str], progress: Progress) -> dict[str, 
         )
         for n, script in enumerate(scripts, start=1)
     ]
-    with_s = _watch(brokered, progress, stage)
+    with_s = _watch(stage, brokered, progress, brokered=True)
     totals = stage.status()["totals"]
     stage.stop_broker()
     sequential = sum(alone_s[script] for script in scripts)
@@ -197,15 +209,16 @@ def play(stage: Stage, scripts: Sequence[str], progress: Progress) -> dict[str, 
     return summary
 
 
-def _watch(programs: Sequence[Program], progress: Progress, stage: Stage | None = None) -> float:
-    """Show the programs until all have ended; the seconds that took."""
+def _watch(stage: Stage, programs: Sequence[Program], progress: Progress, *, brokered: bool = False) -> float:
+    """Show the programs, as the broker sees them if `brokered`, until all have ended; the seconds that took."""
     start = time.monotonic()
     ended: float | None = None
     while ended is None:
         states = [(program.name, program.state()) for program in programs]
+        stage.check()  # only now: a Ctrl-C has ended them, too
         if all(state != "computing" for _, state in states):
             ended = time.monotonic() - start
-        elif stage is not None:
+        elif brokered:
             seen: dict[int, str] = {}
             with contextlib.suppress(ValueError, KeyError):
                 seen = {client["pid"]: client["state"] for client in _ask(stage)}

@@ -1,8 +1,9 @@
 """Say what acb can do on this machine, what it cannot, why not, and what to do about it.
 
 It looks at the driver and the GPUs, at this environment's frameworks, at settings that do not go together with acb,
-at the host and at the broker. It changes nothing and, but for --probe, does not touch a GPU. The exit status is 0 when
-acb can be used, if only with simulated GPUs, and 1 when something must be mended first.
+at the host and at the broker. It changes nothing (whether files can be written is tried with one that is gone at
+once) and, but for --probe, does not touch a GPU. The exit status is 0 when acb can be used, if only with simulated
+GPUs, and 1 when something must be mended first.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
         environment.injection(os.environ),
         *host.checks(max((device.capacity for device in usable_gpus), default=0)),
         *broker_checks,
+        broker.learning(),
         *broker.lends_simulated(report, len(usable_gpus)),
     ]
     usable = all(check.mark != "fail" for check in checks)

@@ -1,4 +1,4 @@
-"""The runtime directory, the broker in it, and what brokers that were killed have left there."""
+"""The runtime directory, the broker in it, what brokers that were killed have left there, and what brokers learn."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from acb import disk
 from acb._version import __version__
+from acb.broker.history import obstacle
 from acb.cli.acb.doctor.check import Check
 from acb.cli.gpu_assigner import talk
-from acb.config import ConfigError, runtime_dir, socket_path
+from acb.config import ConfigError, programs_path, runtime_dir, socket_path
+from acb.devices.simulated_file import SIZE
 
 SECTION = "Broker"
 
@@ -27,10 +30,8 @@ def look() -> tuple[dict[str, Any] | None, list[Check]]:
         if not text:
             text, advice = advice, "set ACB_RUNTIME_DIR to a directory of your own"
         return None, [Check(SECTION, "directory", "fail", text, advice)]
-    mode = stat.S_IMODE(directory.stat().st_mode)
-    found = [Check(SECTION, "directory", "ok", f"{directory}, mode {mode:04o}, yours alone")]
     report, broker = _broker(path)
-    found.append(broker)
+    found = [_directory(directory, running=report is not None), broker]
     leavings = stale(directory, None if report is None else path)
     if leavings:
         names = ", ".join(file.name for file in leavings)
@@ -41,6 +42,31 @@ def look() -> tuple[dict[str, Any] | None, list[Check]]:
             )
         )  # fmt: skip
     return report, found
+
+
+def _directory(directory: Path, *, running: bool) -> Check:
+    """Whether there is room for a broker's files and a simulated GPU; a broker that runs has made its own already."""
+    problem = disk.obstacle(directory, SIZE)
+    if problem:
+        return Check(
+            SECTION, "directory", "warn" if running else "fail", f"{directory} takes no new file: {problem}",
+            "make room there, or set ACB_RUNTIME_DIR to another directory",
+        )  # fmt: skip
+    mode = stat.S_IMODE(directory.stat().st_mode)
+    return Check(SECTION, "directory", "ok", f"{directory}, mode {mode:04o}, yours alone")
+
+
+def learning() -> Check:
+    """Whether what brokers learn of programs can be kept."""
+    path = programs_path()
+    problem = obstacle(path)
+    if not problem:
+        return Check(SECTION, "learning", "ok", f"what programs need is kept in {path}")
+    where = f" in {path}" if path is not None else ""
+    return Check(
+        SECTION, "learning", "warn", f"what programs need cannot be kept{where}: {problem}; each broker learns it anew",
+        "set ACB_STATE_DIR to a directory that you can write",
+    )  # fmt: skip
 
 
 def _broker(path: Path) -> tuple[dict[str, Any] | None, Check]:
