@@ -235,10 +235,10 @@ class Server:
 
     def _say_what_fails(self, client: Client, done: Done) -> None:
         """Once, however often the same is tried again."""
-        words = f"{'suspend' if done.op == 'suspend' else 'resum'}ed: {done.problem}" if done.problem else ""
-        if words and words != self._failures.get(client.id):
-            log(f"process {client.pid} cannot be {words}")
-        self._failures[client.id] = words
+        what = f"{'suspend' if done.op == 'suspend' else 'resum'}ed: {done.problem}" if done.problem else ""
+        if what and what != self._failures.get(client.id):
+            log(f"process {client.pid} cannot be {what}")
+        self._failures[client.id] = what
 
     def _check_meter(self, meter: Meter) -> None:
         """Let the core know what really lies on the GPUs."""
@@ -248,8 +248,8 @@ class Server:
             return
         for client, nbytes in list(meter.look(self._core.gpus, self._core.clients, now)):
             self._deliver(self._core.observed(client, nbytes, now))
-        if meter.problem:
-            log(f"the GPU does not say what processes hold, so what they say counts: {meter.problem}")
+        for line in meter.news():
+            log(line)
 
     def _check_liveness(self) -> None:
         """See that a suspended client that cannot ask for its lease gets it all the same."""
