@@ -173,6 +173,15 @@ def test_an_old_driver_and_a_process_that_is_gone() -> None:
     assert it.driver.calls == []
 
 
+def test_one_that_is_suspended_is_so_although_its_state_cannot_be_asked_afterwards() -> None:
+    it = tier()
+    it.driver.during_checkpoint = lambda: it.driver.fails.update({"state": Result.UNKNOWN})
+    out = it.suspend()
+    assert (out.done, out.state, out.problem, out.reason, out.code) == (True, "unknown", "", "", 0)
+    it.driver.fails.clear()
+    assert it.resume().done
+
+
 def test_what_does_not_fit_the_host_is_not_begun() -> None:
     it = tier()
     out = it.checkpointer.suspend(PID, 1.0, host_free=39 * GIB)
