@@ -228,10 +228,11 @@ def test_one_that_the_driver_does_not_know_any_more_has_lost_its_memory(make: Ma
     assert f"knows no CUDA process {PID}" in done.problem
 
 
-def test_after_a_restore_that_killed_the_helper_silence_means_nothing(
-    make: Make, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("kind", ["silent after restore", "fails at restore"])
+def test_after_a_restore_was_begun_silence_means_nothing(
+    make: Make, kind: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    it = make([], kind="silent after restore")
+    it = make([], kind=kind)
     it.journal.suspends(PID, Suspended(3 * GIB, {A: 3 * GIB}))
     for _ in range(2):  # the second attempt does not get so far, and yet it is not known to be where it was
         it.tier.resume(1, PID)

@@ -185,6 +185,14 @@ class SilentAfterRestore(CrashingAtRestore):
         return super().state(pid)
 
 
+class FailingAtRestore(SilentAfterRestore):
+    """Its process survives it."""
+
+    def restore(self, pid: int, pairs: Sequence[tuple[str, str]] = ()) -> None:
+        open(os.environ["CRASHED"], "w").close()
+        raise CudaError("restore", Result.UNKNOWN, result_name(Result.UNKNOWN))
+
+
 def tier() -> Checkpointer:
     """For the helper's process: what FAKE_DRIVER in the environment describes."""
     scenario = json.loads(os.environ.get("FAKE_DRIVER", "{}"))
@@ -198,6 +206,7 @@ def tier() -> Checkpointer:
         "crashes once": CrashingOnceDriver,
         "crashes at restore": CrashingAtRestore,
         "silent after restore": SilentAfterRestore,
+        "fails at restore": FailingAtRestore,
         "loses": LosingDriver,
     }
     kind = kinds.get(scenario.get("kind", ""), FakeDriver)
