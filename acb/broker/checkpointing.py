@@ -10,6 +10,9 @@ killed; the request is answered with the problem "helper", and a new one is star
 is in then, nobody knows: ask ("state"), and "release" it or "resume" it. A new helper knows nothing of what the last
 one moved: keep an Outcome's `moved`, and give it to "resume" as `needs`. Deadlines should be generous, at a GiB a
 second say: a helper that is killed in the midst of a copy may cost the program.
+
+A helper that is killed in a call that the kernel cannot interrupt does not end. It is given GRACE to, during which the
+next request waits, but nobody who calls receive(); then it is left to itself, and reaped whenever it ends.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ DEATHS = 3
 """So many helpers in a row that die without an answer, and there will be no further one."""
 
 GRACE = 1.0
-"""Seconds beyond a request's deadline, within which the helper is ended by its own alarm."""
+"""Seconds beyond a request's deadline, within which the helper is ended by its own alarm; and that it has to end in."""
 
 
 class Answer(NamedTuple):
@@ -53,6 +56,22 @@ class _Request(NamedTuple):
     arguments: dict[str, Any]
 
 
+class _Ending(NamedTuple):
+    """A helper that has hung up, or was killed: `late`, since its time was up; `ready`: it had initialised CUDA."""
+
+    process: subprocess.Popen[bytes]
+    ready: bool
+    late: bool
+
+    def how(self) -> str:
+        """How its end came, for a sentence about it."""
+        if self.late or self.process.returncode == -signal.SIGALRM:
+            return "hung in the driver, and was ended" if self.ready else "did not start in time, and was ended"
+        if self.process.returncode is None:
+            return "has hung up, and does not end"
+        return f"has died (status {self.process.returncode})"
+
+
 class Helper:
     """The helper process, started when it is first needed. Not for several threads."""
 
@@ -66,6 +85,8 @@ class Helper:
         self._epoll = select.epoll()
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
+        self._ending: _Ending | None = None
+        self._left: dict[int, subprocess.Popen[bytes]] = {}  # to be reaped, by a descriptor that tells of the end
         self._ready = False
         self._queue: deque[_Request] = deque()
         self._in_flight: _Request | None = None
@@ -100,16 +121,17 @@ class Helper:
 
     def receive(self) -> list[Answer]:
         """The answers that have come since; does not wait."""
-        while self._connection is not None and self._epoll.poll(0):
-            packet = b""
-            with contextlib.suppress(OSError):
-                packet = self._connection.recv(PACKET)
-            if packet:
-                self._take(packet)
-            else:
-                self._lost()
+        while found := self._epoll.poll(0):
+            for descriptor, _ in found:
+                if descriptor in self._left:
+                    self._reap(descriptor)
+                elif self._connection is not None:
+                    self._read(self._connection)
         if self._due is not None and time.monotonic() >= self._due:
-            self._lost()
+            if self._ending is None:
+                self._lost()
+            else:
+                self._ended(self._ending)
         answers, self._answers = self._answers, []
         return answers
 
@@ -128,16 +150,23 @@ class Helper:
         self.unavailable, self._deaths = "", 0
 
     def close(self) -> None:
-        """Let the helper go: it ends when it has done what it is at. Unanswered requests stay so."""
+        """Let the helper go: it ends when it has done what it is at, at once if that is nothing, which is waited for.
+
+        Unanswered requests stay so.
+        """
         self._queue.clear()
         self._hang_up()
         if self._process is not None and self._in_flight is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(GRACE)
-        if self._process is not None and self._process.returncode is None:
-            self._process.returncode = 0  # it is meant to outlive us: no warning that it does
-        self._process = None
-        self._in_flight = self._due = None
+        for descriptor in self._left:
+            os.close(descriptor)
+        ending = [self._ending.process] if self._ending is not None else []
+        for process in (self._process, *ending, *self._left.values()):
+            if process is not None and process.returncode is None:
+                process.returncode = 0  # it is meant to outlive us: no warning that it does
+        self._process = self._ending = self._in_flight = self._due = None
+        self._left.clear()
         self._epoll.close()
 
     # --- inside ------------------------------------------------------------------------------------------------------
@@ -146,7 +175,7 @@ class Helper:
         """Send the next request, if there is one and its turn has come."""
         while self.unavailable and self._queue:
             self._answer(self._queue.popleft(), "unsupported", self.unavailable)
-        if not self._queue or self._in_flight is not None:
+        if not self._queue or self._in_flight is not None or self._ending is not None:
             return
         if self._connection is None:
             self._start()
@@ -184,6 +213,15 @@ class Helper:
         self._epoll.register(ours, select.EPOLLIN)
         self._due = time.monotonic() + START + GRACE
 
+    def _read(self, connection: socket.socket) -> None:
+        packet = b""
+        with contextlib.suppress(OSError):
+            packet = connection.recv(PACKET)
+        if packet:
+            self._take(packet)
+        else:
+            self._lost()
+
     def _take(self, packet: bytes) -> None:
         message: dict[str, Any] = json.loads(packet)
         self._due = None
@@ -191,6 +229,7 @@ class Helper:
             self._ready = bool(message["ready"])
             if not self._ready:
                 self._hang_up()
+                self._leave()
                 self._give_up(message["reason"])
         elif self._in_flight is not None and message["id"] == self._in_flight.ticket:
             request, self._in_flight, self._deaths = self._in_flight, None, 0
@@ -203,8 +242,44 @@ class Helper:
         self._pump()
 
     def _lost(self) -> None:
-        """It has died, or its time is up: answer what it was at, and go on with another one."""
-        how = self._end()
+        """It has died, or its time is up: see that it ends, and when it has, go on with another one."""
+        ready, late = self._ready, self._due is not None and time.monotonic() >= self._due
+        self._hang_up()
+        process = self._process
+        assert process is not None
+        if late:
+            process.kill()
+        self._ending = _Ending(process, ready, late)
+        self._due = time.monotonic() + GRACE
+        self._leave()
+        if process.returncode is not None:
+            self._ended(self._ending)
+
+    def _leave(self) -> None:
+        """Nothing more is asked of the process: it is to be reaped when it ends."""
+        process, self._process = self._process, None
+        if process is None or process.poll() is not None:
+            return
+        try:
+            descriptor = os.pidfd_open(process.pid)
+        except OSError:  # an old kernel, or too many files: what is left then is to wait out the GRACE
+            return
+        self._left[descriptor] = process
+        self._epoll.register(descriptor, select.EPOLLIN)
+
+    def _reap(self, descriptor: int) -> None:
+        process = self._left.pop(descriptor)
+        self._epoll.unregister(descriptor)
+        os.close(descriptor)
+        process.poll()
+        if self._ending is not None and self._ending.process is process:
+            self._ended(self._ending)
+
+    def _ended(self, ending: _Ending) -> None:
+        """Answer what it was at: it has ended, or has had its time to."""
+        ending.process.poll()
+        self._ending = self._due = None
+        how = ending.how()
         self._deaths += 1
         if self._in_flight is not None:
             request, self._in_flight = self._in_flight, None
@@ -213,20 +288,6 @@ class Helper:
         if self._deaths >= DEATHS:
             self._give_up(f"the checkpoint helper {how}, {DEATHS} times in a row")
         self._pump()
-
-    def _end(self) -> str:
-        """End it, if it has not ended, and say how that came."""
-        ready, late = self._ready, self._due is not None and time.monotonic() >= self._due
-        self._hang_up()
-        if self._process is None:
-            return "is gone"
-        if late:
-            self._process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # in a call that the kernel cannot interrupt
-            self._process.wait(GRACE)
-        if late or self._process.returncode == -signal.SIGALRM:
-            return "hung in the driver, and was ended" if ready else "did not start in time, and was ended"
-        return f"has died (status {self._process.returncode})"
 
     def _hang_up(self) -> None:
         self._ready, self._due = False, None

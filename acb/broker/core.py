@@ -144,12 +144,20 @@ class Broker:
         self._suspension.available(available, migrates=migrates)
         return self._finish(now)
 
-    def suspended(self, client_id: int, problem: str, seconds: float, now: float) -> list[Send]:
+    def suspended(self, client_id: int, problem: str, seconds: float, now: float, *, lost: bool = False) -> list[Send]:
         """The driver's answer to Suspend, or about a client in doubt; see Suspension.suspended()."""
         self._log.append((now, client_id, f"suspended {problem}"))
         client = self.clients.get(client_id)
         if client is not None:
-            self._suspension.suspended(client, problem, seconds, now)
+            self._suspension.suspended(client, problem, seconds, now, lost=lost)
+        return self._finish(now)
+
+    def unclear(self, client_id: int, now: float) -> list[Send]:
+        """The driver has long not said what it has of a client; see Suspension.unclear()."""
+        self._log.append((now, client_id, "unclear"))
+        client = self.clients.get(client_id)
+        if client is not None:
+            self._suspension.unclear(client, now)
         return self._finish(now)
 
     def resumed(
@@ -267,6 +275,8 @@ class Broker:
         self.scheduler.vacate(unit, now)
         if unit.queued and not unit.wanting():
             self.scheduler.dequeue(unit, now)
+        elif unit.wanting():  # of its gang, which it may have kept out of the line
+            self.scheduler.enqueue(unit, now)
         if not unit.members:
             self.scheduler.place(unit, [], bound=False)
             self._gangs.forget(unit)

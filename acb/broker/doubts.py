@@ -1,9 +1,12 @@
-"""Clients of which the broker before this one noted that the driver moves their memory, until the driver has told.
+"""Clients of which nobody knows whether the driver has moved their memory, until the driver has told.
 
-The note is made before the driver is asked, and struck out after it has answered: it may be wrong. As long as clients
-of the broker before are still to come, the memory counts as on the host, so that what they hold finds its place in the
-books. Before anything is granted it counts as on the GPU, as far as it can be there, as that of a client that is just
-being suspended: so nobody is given its room, nor is it granted or asked for anything, before the driver has told.
+Either the broker before this one noted so, a note that is made before the driver is asked, and struck out after it has
+answered: it may be wrong. Or the driver had it, and an attempt to bring it back has ended without anybody knowing how.
+
+As long as clients of the broker before are still to come, the memory counts as on the host, so that what they hold
+finds its place in the books. Before anything is granted it counts as on the GPU, as far as it can be there, as that of
+a client that is just being suspended: so nobody is given its room, nor is it granted or asked for anything, before the
+driver has told.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ class Doubts:
         return client in self._doubts
 
     def begin(self, client: Client) -> None:
-        """It has been parked because of a note."""
+        """It has been parked, and may be on the GPU all the same."""
         self._doubts[client.id] = _Doubt(client.parked, client.origin)
 
     def end(self, client: Client) -> None:

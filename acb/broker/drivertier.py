@@ -8,7 +8,9 @@ Whether it works here is tried first, once, on a throw-away process. Who is susp
 the driver is asked: should the broker die, the next one must know of programs that are stopped.
 
 A helper may die, or hang, in the middle of it. What has become of the process is then asked for until somebody knows:
-it may be stopped in the driver, and may have its memory on the GPU or on the host.
+it may be stopped in the driver, and may have its memory on the GPU or on the host. An attempt that has ended before the
+driver was asked for anything but the process's state has changed nothing. A process that was suspended, and that the
+driver does not know any more, has lost its memory.
 """
 
 from __future__ import annotations
@@ -47,13 +49,16 @@ PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """Seconds until a process whose state is not known is asked for again: the first time, doubled with each, and the most.
 """
 
+SILENCE = 5
+"""So many answers, half a minute, that do not tell, and the process is taken for one that only its end can move."""
+
 REVIVAL = 10.0
 """Seconds between two attempts to start a helper although several have died or there is no driver for it."""
 
 
 class Done(NamedTuple):
     """A request's end: `problem` is a sentence, '' when it was done. `lost`: nothing can bring the memory back; `kept`:
-    it is on the host, as it was."""
+    it is on the host, as it was. `unclear`: it is no end yet, the driver only has not told for long."""
 
     client: int
     op: Op
@@ -61,6 +66,7 @@ class Done(NamedTuple):
     seconds: float = 0.0
     lost: bool = False
     kept: bool = False
+    unclear: bool = False
 
 
 class _Request(NamedTuple):
@@ -72,6 +78,8 @@ class _Request(NamedTuple):
     """Why what has become of the process is to be found out, after a suspend by letting it go if it is only locked."""
     tries: int = 0
     """So often that has not told either."""
+    moved: bool = False
+    """The driver has had its memory for sure."""
 
 
 class DriverTier:
@@ -97,6 +105,7 @@ class DriverTier:
         self._done: list[Done] = []
         self._again: list[tuple[float, int, _Request]] = []
         self._order = itertools.count()
+        self._unclear: set[int] = set()
         self._revive_at = 0.0
         self.unavailable = ""
         """Why there is no driver tier here, once that is known."""
@@ -139,9 +148,14 @@ class DriverTier:
         self._revive()
         self._submit(request, "resume", needs=kept.needs, patience=ROOM, gpu_map=moves)
 
-    def find(self, client: int, pid: int, nbytes: int) -> None:
-        """Find out what the driver has of a process that a broker before this one may have suspended."""
-        self._submit(_Request("find", client, pid, nbytes, "it was not suspended after all"), "release")
+    def find(self, client: int, pid: int, *, moved: bool = False) -> None:
+        """Find out what the driver has of a process that a broker before this one may have suspended; or, `moved`, that
+        was suspended for sure, and may have been brought back."""
+        kept = self._journal.suspended(pid) or Suspended(0, {})
+        self._revive()
+        self._submit(
+            _Request("find", client, pid, kept.nbytes, "it is not suspended (any more)", moved=moved), "release"
+        )
 
     def done(self) -> list[Done]:
         """What has been answered since; does not wait."""
@@ -196,6 +210,8 @@ class DriverTier:
         if request.unclear and request.op != "resume":
             if outcome.state == "checkpointed":
                 self._end(request, "", seconds)
+            elif request.op == "find" and _is_lost(outcome, known=request.moved):
+                self._end(request, outcome.reason, seconds, lost=True)
             elif outcome.state in ("running", "failed") or outcome.problem == "gone" or _unknown_to_cuda(outcome):
                 self._end(request, request.unclear, seconds)
             else:
@@ -214,18 +230,29 @@ class DriverTier:
         elif outcome.problem == "helper" and not request.unclear:
             self._submit(request._replace(unclear=outcome.reason), "state")
         else:
+            lost = _is_lost(outcome, known=True)
             if request.unclear:
-                outcome.fail(outcome.problem, request.unclear)
-            lost = outcome.state == "failed" or outcome.problem == "gone"
-            stays = not outcome.done and outcome.state == "checkpointed"
+                outcome.fail(outcome.problem, outcome.reason if lost else request.unclear)
+            as_it_was = not request.unclear and _untouched(outcome) and request.pid not in self._unclear
+            stays = not (outcome.done or lost) and (outcome.state == "checkpointed" or as_it_was)
+            if stays and outcome.state == "unknown":
+                outcome.reason += "; its memory is safe on the host, and it is tried again"
             kept = self._journal.suspended(request.pid)
             if stays and kept is not None and kept.target:
                 self._journal.suspends(request.pid, kept._replace(target=""))
             self._end(request, "" if outcome.done else outcome.reason or "unknown", seconds, lost, stays)
+            if not (outcome.done or lost or stays):
+                self._unclear.add(request.pid)
 
     def _ask_again(self, request: _Request, outcome: Outcome) -> None:
         if not request.tries:
             log(f"process {request.pid} may be stopped in the driver, which is asked until it says: {outcome.reason}")
+        elif request.tries == SILENCE:
+            log(
+                f"the driver still does not say whether it has stopped process {request.pid}, which gets no lease till "
+                f"it does, and whose memory counts as on the GPU; if others need that, end it: kill -9 {request.pid}"
+            )
+            self._done.append(Done(request.client, request.op, outcome.reason, unclear=True))
         due = time.monotonic() + min(LONGEST_PAUSE, PAUSE * 2 ** min(request.tries, 16))
         heapq.heappush(self._again, (due, next(self._order), request._replace(tries=request.tries + 1)))
 
@@ -236,16 +263,20 @@ class DriverTier:
         moved = request.op == "find" and note is not None and note.target  # and has still to hear of it
         if bool(problem) == (request.op != "resume") and not moved:
             self._journal.resumed(request.pid)
+        self._unclear.discard(request.pid)
         self._done.append(Done(request.client, request.op, problem, seconds, lost, kept))
 
 
 def _untouched(outcome: Outcome) -> bool:
-    """Whether the attempt to suspend has ended before the driver was asked for anything but the process's state."""
-    return (
-        outcome.state == "unknown" and outcome.problem != "helper" and not {"lock", "checkpoint"} & set(outcome.seconds)
-    )
+    """Whether the attempt has ended before the driver was asked for anything but the process's state."""
+    return outcome.state == "unknown" and outcome.problem != "helper" and outcome.seconds.keys() <= {"state"}
 
 
 def _unknown_to_cuda(outcome: Outcome) -> bool:
     """Whether the driver says that it is no process of CUDA's, which cannot be stopped there either."""
-    return outcome.state == "unknown" and outcome.problem == "foreign"
+    return _untouched(outcome) and outcome.problem == "foreign"
+
+
+def _is_lost(outcome: Outcome, *, known: bool) -> bool:
+    """Whether nothing brings the process's memory back; `known`: the driver has had it."""
+    return outcome.state == "failed" or (known and (outcome.problem == "gone" or _unknown_to_cuda(outcome)))

@@ -5,10 +5,10 @@
 - nobody runs while an evacuation that its room needs is under way (follows from the one above, since memory counts as
   resident until its evacuation is acknowledged); who has the lease earlier, to bring its memory back piece by piece,
   waits for an evacuation that is under way;
-- every request is granted, refused, or its client is gone, but for those that are bound to a GPU that is not lent: a
-  unit with a waiting member is in the line of each of its GPUs, and whenever somebody waits, something is under way
-  that will let him in (a revoked holder, an evacuation, somebody before him) or a client that cannot be moved keeps
-  the room;
+- every request is granted, refused, or its client is gone, but for those that are bound to a GPU that is not lent, or
+  of whose memory, or of a gang's fellow's, the driver does not say where it is: a unit with a waiting member is in the
+  line of each of its GPUs, and whenever somebody waits, something is under way that will let him in (a revoked holder,
+  an evacuation, somebody before him) or a client that cannot be moved keeps the room;
 - a GPU with a free slot stands idle for nobody's sake but of one that cannot be let in yet;
 - the answers to MoreRoom are never forgotten;
 - a client goes to another GPU only while all that it has is on the host, and only to one of the same kind and size; and
@@ -41,7 +41,7 @@ def check(broker: Broker) -> None:
                 assert any(_moves(gpu, client) for gpu in client.gpus), (
                     f"nothing comes that client {client.id} waits for"
                 )
-            if client.waiting and not client.stranded and not broker.recovering:
+            if client.waiting and not (client.stranded or client.unit.unclear) and not broker.recovering:
                 assert _progress(client, broker), f"client {client.id} waits for nothing"
     except AssertionError as error:
         raise InvariantError(f"{error}\n" + "\n".join(broker.log)) from None
@@ -86,7 +86,10 @@ def _client(client: Client, broker: Broker) -> None:
     assert not client.promised or client.lease, "was promised room without a lease"
     assert not client.promised or client.promised > client.headroom, "was promised what it has"
     assert not client.room_wanted or client.lease, "wants room without a lease"
-    assert not client.waiting or client.stranded or client.unit.queued or client.unit.active, "waits in no line"
+    out = client.stranded or client.unit.unclear
+    assert not client.waiting or out or client.unit.queued or client.unit.active, "waits in no line"
+    assert not (client.unit.unclear and client.unit.queued), "cannot be let in, and stands in line"
+    assert not client.unclear or client.suspending or broker.in_doubt(client.id), "nobody asks about it"
     assert not (client.stranded and client.gpus), "is bound to two places"
     assert not (client.unit.queued and client.unit.active), "waits in line and runs"
     assert client.booked == client.books(), "the client's memory is not booked"
@@ -107,7 +110,7 @@ def _progress(client: Client, broker: Broker) -> bool:
 
 
 def _moves(gpu: Gpu, client: Client) -> bool:
-    return any(other.evacuating for other in gpu.occupants.values() if other is not client)
+    return any(other.leaving for other in gpu.occupants.values() if other is not client)
 
 
 def _kept_out(gpu: Gpu, unit: Unit) -> bool:

@@ -45,7 +45,7 @@ class Leases:
 
     def follow(self, gpu: Gpu, client: Client) -> bool:
         """Whether the client may come in behind those who are leaving: it can, a piece is there, and all will be."""
-        leaving = [other for other in gpu.occupants.values() if other.evacuating and other is not client]
+        leaving = [other for other in gpu.occupants.values() if other.leaving and other is not client]
         want = self._room.want(client, gpu)
         if (
             not self._room.follows(gpu, client)

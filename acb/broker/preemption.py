@@ -86,7 +86,7 @@ class Preemption:
             if gpu.full:
                 longest = max(longest, min(self._remaining(holder, gpu, now) for holder in gpu.units))
             for other in gpu.occupants.values():
-                if other.evacuating:
+                if other.leaving:
                     longest = max(longest, other.evacuation_at + 0.5 * swap_seconds(other) - now)
         return longest
 

@@ -142,7 +142,7 @@ class Room:
         if want <= room:
             return True
         others = [other for other in gpu.occupants.values() if other is not client]
-        room += sum([other.resident for other in others if other.evacuating])
+        room += sum([other.resident for other in others if other.leaving])
         if want <= room:
             return False
         movable = [o for o in others if o.resident and not (o.lease or o.evacuating or o.emptied or o.unmovable)]
@@ -187,7 +187,7 @@ class Room:
     def kept_by_holders(self, gpu: Gpu, client: Client) -> bool:
         """Whether what the client should have is not there before a holder gives his lease back."""
         others = [other for other in gpu.occupants.values() if other is not client]
-        left = [o for o in others if not (o.lease or o.stuck)]
+        left = [o for o in others if not (o.lease or o.stuck or o.unclear)]
         movable = sum([o.resident for o in left if not o.emptied or (self.driver and not o.driver_problem)])
         return self.want(client, gpu) > self.free(gpu, client) + movable
 
@@ -202,4 +202,4 @@ class Room:
 
     def coming(self, gpu: Gpu, client: Client) -> bool:
         """Whether others are being evacuated from the GPU."""
-        return any(other.evacuating for other in gpu.occupants.values() if other is not client)
+        return any(other.leaving for other in gpu.occupants.values() if other is not client)

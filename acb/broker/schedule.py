@@ -95,7 +95,9 @@ class Scheduler:
 
     def enqueue(self, unit: Unit, now: float) -> None:
         """A member waits. Its GPUs are chosen now if they have not been."""
-        if unit.queued or unit.active:
+        if unit.queued and unit.unclear:
+            self.dequeue(unit, now)
+        if unit.queued or unit.active or unit.unclear:
             self.touch(*unit.gpus)
             return
         if not unit.gpus:

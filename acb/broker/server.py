@@ -18,8 +18,8 @@ from typing import Protocol
 from acb import processes
 from acb._version import __version__
 from acb.broker import report
-from acb.broker.core import Broker, Gpu, Send
-from acb.broker.drivertier import DriverTier
+from acb.broker.core import Broker, Client, Gpu, Send
+from acb.broker.drivertier import Done, DriverTier
 from acb.broker.history import History
 from acb.broker.journal import Journal, as_typed
 from acb.broker.liveness import Liveness
@@ -111,6 +111,7 @@ class Server:
         self._holders: list[set[int] | None] = [None for _ in gpus]  # as the referees were told; None: not yet
         self._ending: dict[int, Connection] = {}  # by a descriptor that tells of the end of a client's process
         self._driver_off = False
+        self._failures: dict[int, str] = {}  # of clients, by id: why the driver could not do what was last asked of it
         self._full = False  # no further connection can be accepted
         self._listener = self._listen()
 
@@ -216,18 +217,29 @@ class Server:
     def _check_driver(self, driver: DriverTier) -> None:
         """Tell the core what the driver has done; does not wait."""
         for done in driver.done():
-            client = self._core.clients.get(done.client)
-            if done.problem and client is not None and done.op != "find":
-                log(f"process {client.pid} cannot be {done.op}{'d' if done.op == 'resume' else 'ed'}: {done.problem}")
+            client, now = self._core.clients.get(done.client), time.monotonic()
+            if done.unclear:
+                self._deliver(self._core.unclear(done.client, now))
+                continue
+            if client is not None and (done.op != "find" or done.lost):
+                self._say_what_fails(client, done)
             if done.op != "resume":
-                self._deliver(self._core.suspended(done.client, done.problem, done.seconds, time.monotonic()))
+                self._deliver(self._core.suspended(done.client, done.problem, done.seconds, now, lost=done.lost))
             else:
-                now = time.monotonic()
                 self._deliver(self._core.resumed(done.client, done.problem, now, lost=done.lost, kept=done.kept))
+                if client is not None and self._core.in_doubt(done.client):
+                    driver.find(done.client, client.pid, moved=True)
         if driver.unavailable and not self._driver_off:
             self._driver_off = True
             log(f"the driver cannot move memory here: {driver.unavailable}")
             self._deliver(self._core.driver_tier(False, time.monotonic()))
+
+    def _say_what_fails(self, client: Client, done: Done) -> None:
+        """Once, however often the same is tried again."""
+        what = f"{'suspend' if done.op == 'suspend' else 'resum'}ed: {done.problem}" if done.problem else ""
+        if what and what != self._failures.get(client.id):
+            log(f"process {client.pid} cannot be {what}")
+        self._failures[client.id] = what
 
     def _check_meter(self, meter: Meter) -> None:
         """Let the core know what really lies on the GPUs."""
@@ -237,8 +249,8 @@ class Server:
             return
         for client, nbytes in list(meter.look(self._core.gpus, self._core.clients, now)):
             self._deliver(self._core.observed(client, nbytes, now))
-        if meter.problem:
-            log(f"the GPU does not say what processes hold, so what they say counts: {meter.problem}")
+        for line in meter.news():
+            log(line)
 
     def _check_liveness(self) -> None:
         """See that a suspended client that cannot ask for its lease gets it all the same."""
@@ -353,6 +365,7 @@ class Server:
 
     def _forget(self, connection: Connection) -> None:
         self._journal.went(connection.pid)
+        self._failures.pop(connection.id, None)
         self._history.client_ended()
         self._deliver(self._core.gone(connection.id, time.monotonic()))
 
@@ -392,7 +405,7 @@ class Server:
                 if stranded := self._core.clients[connection.id].stranded:
                     log(stranded)
                 if kept is not None and self._driver is not None and self._core.in_doubt(connection.id):
-                    self._driver.find(connection.id, connection.pid, kept.nbytes)
+                    self._driver.find(connection.id, connection.pid)
                 elif self._core.clients[connection.id].lease:
                     self._journal.resumed(connection.pid)  # it runs
 

@@ -141,6 +141,8 @@ class Client:
     """Whether the driver cannot move it either."""
     suspending: bool = False
     """It is evacuating, and the driver does it."""
+    unclear: bool = False
+    """The driver has long not said where its memory is: it counts as staying on the GPU, and the client in no line."""
     suspended: bool = False
     """The driver has moved its memory, and stops it at its next call."""
     resuming: bool = False
@@ -200,6 +202,11 @@ class Client:
         """Bytes of its GPU that it occupies or has been promised."""
         return max(self.headroom, self.resident) if self.lease else self.resident
 
+    @property
+    def leaving(self) -> bool:
+        """Whether what it has on the GPU will soon be free."""
+        return self.evacuating and not self.unclear
+
     def all_memory(self) -> int:
         """Bytes that must be on the GPU when it runs."""
         return self.resident + self.evacuated
@@ -211,7 +218,7 @@ class Client:
             return max(self.headroom, resident), 0, 0
         if self.emptied:
             return resident, resident, 0
-        return resident, 0, resident if self.stuck else 0
+        return resident, 0, resident if self.stuck or self.unclear else 0
 
     @property
     def state(self) -> str:
@@ -271,6 +278,11 @@ class Unit:
             client = next(iter(self.members.values()), None)
             for gpu in self.gpus:
                 yield gpu, client
+
+    @property
+    def unclear(self) -> bool:
+        """Whether it cannot be let in, since nobody knows of a member that waits where its memory is."""
+        return any(client.unclear and client.waiting for client in self.members.values())
 
     def leased(self) -> list[Client]:
         """The members that hold the lease."""

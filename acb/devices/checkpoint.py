@@ -131,8 +131,8 @@ class Checkpointer:
         if not self._try(outcome, "checkpoint", lambda: self._driver.checkpoint(pid)):
             self._back_out(outcome)
             return outcome
-        self._ask_state(outcome)
         outcome.done = True
+        self._ask_state(outcome)
         outcome.moved = self._rooms.won(held, free, claimed)
         started = start_time(pid)
         if started is not None:

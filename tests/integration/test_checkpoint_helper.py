@@ -131,6 +131,34 @@ def test_a_helper_that_cannot_even_be_alarmed_is_killed(make: Make) -> None:
     assert first.returncode == -signal.SIGKILL
 
 
+def test_one_that_a_kill_does_not_end_is_not_waited_for(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a call that the kernel cannot interrupt."""
+    monkeypatch.setattr("acb.broker.checkpointing.GRACE", 0.1)
+
+    def waits(*_: object) -> None:
+        raise AssertionError("it is waited for")
+
+    helper = make()
+    done(helper.ask("state", PID, deadline=HOUR))
+    first = process(helper)
+    first.send_signal(signal.SIGSTOP)  # so that its alarm does not end it, either
+    monkeypatch.setattr(first, "kill", lambda: None)
+    monkeypatch.setattr(first, "wait", waits)
+    out = helper.ask("state", PID, deadline=0.1)
+    assert isinstance(out, Outcome)
+    assert (out.problem, first.returncode) == ("helper", None)
+    done(helper.ask("state", PID, deadline=HOUR))
+    assert process(helper) is not first
+    poller = select.epoll()
+    poller.register(helper, select.EPOLLIN)
+    os.kill(first.pid, signal.SIGKILL)
+    assert poller.poll(60)
+    assert helper.receive() == []
+    assert first.returncode == -signal.SIGKILL, "it is reaped when it ends after all"
+    assert not poller.poll(0)
+    poller.close()
+
+
 def test_a_helper_that_dies_is_replaced_but_not_for_ever(make: Make) -> None:
     helper = make(kind="crashes")
     for _ in range(2):  # with answers in between

@@ -163,7 +163,7 @@ def test_it_is_asked_for_and_brought_back_although_no_helper_was_to_be_started_a
 
 @pytest.mark.parametrize(
     ("states", "problem"),
-    [([State.CHECKPOINTED], ""), ([State.CHECKPOINTING, State.CHECKPOINTED], ""), ([State.RUNNING], "after all")],
+    [([State.CHECKPOINTED], ""), ([State.CHECKPOINTING, State.CHECKPOINTED], ""), ([State.RUNNING], "not suspended")],
 )
 def test_what_a_broker_before_has_noted_is_asked_for(
     make: Make, tmp_path: Path, states: list[int], problem: str
@@ -172,7 +172,7 @@ def test_what_a_broker_before_has_noted_is_asked_for(
     it = make(states)
     note = Suspended(3 * GIB, {A: 3 * GIB})
     it.journal.suspends(PID, note)
-    it.tier.find(1, PID, 3 * GIB)
+    it.tier.find(1, PID)
     done = it.next()
     if len(states) > 1:
         assert done is None
@@ -189,7 +189,7 @@ def test_one_that_may_have_come_back_elsewhere_is_noted_until_it_has_heard_of_it
     it = make([State.RUNNING])
     note = Suspended(3 * GIB, {A: 3 * GIB}, "GPU-b")
     it.journal.suspends(PID, note)
-    it.tier.find(1, PID, 3 * GIB)
+    it.tier.find(1, PID)
     done = it.next()
     assert done is not None
     assert done.problem
@@ -204,3 +204,70 @@ def test_a_restore_that_kills_the_helper_leaves_what_is_on_the_host_there(make: 
     assert done is not None
     assert "died" in done.problem
     assert (done.kept, done.lost) == (True, False)
+
+
+def test_one_that_cannot_even_be_asked_for_is_where_it_was(make: Make) -> None:
+    it = make([], kind="", fails={"state": 999})
+    it.journal.suspends(PID, Suspended(3 * GIB, {A: 3 * GIB}, "GPU-b"))
+    it.tier.resume(1, PID)
+    done = it.next()
+    assert done is not None
+    assert (done.kept, done.lost) == (True, False)
+    assert "CUDA_ERROR_UNKNOWN" in done.problem
+    assert "safe on the host" in done.problem
+    assert it.suspended() == Suspended(3 * GIB, {A: 3 * GIB}), "it is not on another GPU either"
+
+
+def test_one_that_the_driver_does_not_know_any_more_has_lost_its_memory(make: Make) -> None:
+    it = make([], kind="", fails={"state": 1})
+    it.journal.suspends(PID, Suspended(3 * GIB, {A: 3 * GIB}))
+    it.tier.resume(1, PID)
+    done = it.next()
+    assert done is not None
+    assert (done.kept, done.lost) == (False, True)
+    assert f"knows no CUDA process {PID}" in done.problem
+
+
+@pytest.mark.parametrize("kind", ["silent after restore", "fails at restore"])
+def test_after_a_restore_was_begun_silence_means_nothing(
+    make: Make, kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    it = make([], kind=kind)
+    it.journal.suspends(PID, Suspended(3 * GIB, {A: 3 * GIB}))
+    for _ in range(2):  # the second attempt does not get so far, and yet it is not known to be where it was
+        it.tier.resume(1, PID)
+        done = it.next()
+        assert done is not None
+        assert done.problem
+        assert (done.kept, done.lost, done.unclear) == (False, False, False)
+    it.tier.find(1, PID, moved=True)
+    assert it.next() is None
+    for _ in range(drivertier.SILENCE - 1):
+        assert it.ask_again() is None
+    done = it.ask_again()
+    assert done is not None
+    assert (done.op, done.unclear) == ("find", True)
+    assert f"kill -9 {PID}" in capfd.readouterr().err
+    assert it.ask_again() is None, "it is said once, and asked for all the same"
+    assert it.suspended() is not None
+
+
+@pytest.mark.parametrize(
+    ("scenario", "moved", "lost"),
+    [
+        ({"fails": {"state": 1}}, True, True),
+        ({"fails": {"state": 1}}, False, False),
+        ({"kind": "loses"}, False, True),
+    ],
+    ids=["unknown, and was suspended", "unknown, and may not have been", "failed"],
+)
+def test_one_that_is_asked_for_may_be_found_lost(
+    make: Make, tmp_path: Path, scenario: dict[str, Any], moved: bool, lost: bool
+) -> None:
+    (tmp_path / "crashed").touch()
+    it = make([State.FAILED], **{"kind": "", **scenario})
+    it.journal.suspends(PID, Suspended(3 * GIB, {A: 3 * GIB}))
+    it.tier.find(1, PID, moved=moved)
+    done = it.next()
+    assert done is not None
+    assert (bool(done.problem), done.lost) == (True, lost)

@@ -167,11 +167,30 @@ class CrashingAtRestore(FakeDriver):
     """Takes its process with it, always, and the program's memory is where it was."""
 
     def restore(self, pid: int, pairs: Sequence[tuple[str, str]] = ()) -> None:
+        if crashed := os.environ.get("CRASHED"):
+            open(crashed, "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
 
     def state(self, pid: int) -> int:
         self.states.setdefault(pid, State.CHECKPOINTED)
         return super().state(pid)
+
+
+class SilentAfterRestore(CrashingAtRestore):
+    """And from then on it does not tell where that is."""
+
+    def state(self, pid: int) -> int:
+        if os.path.exists(os.environ["CRASHED"]):
+            self.fails["state"] = Result.UNKNOWN
+        return super().state(pid)
+
+
+class FailingAtRestore(SilentAfterRestore):
+    """Its process survives it."""
+
+    def restore(self, pid: int, pairs: Sequence[tuple[str, str]] = ()) -> None:
+        open(os.environ["CRASHED"], "w").close()
+        raise CudaError("restore", Result.UNKNOWN, result_name(Result.UNKNOWN))
 
 
 def tier() -> Checkpointer:
@@ -186,6 +205,8 @@ def tier() -> Checkpointer:
         "crashes": CrashingDriver,
         "crashes once": CrashingOnceDriver,
         "crashes at restore": CrashingAtRestore,
+        "silent after restore": SilentAfterRestore,
+        "fails at restore": FailingAtRestore,
         "loses": LosingDriver,
     }
     kind = kinds.get(scenario.get("kind", ""), FakeDriver)

@@ -320,23 +320,35 @@ class Histories(RuleBasedStateMachine):
             self.now += 0.001
             lost, kept = problem == "lost", problem == "room"
             self.deliver(self.broker.resumed(client, problem, self.now, lost=lost, kept=kept))
+            if self.broker.in_doubt(client):
+                program.doubt = "resuming"
+
+    @precondition(lambda self: any(program.doubt or program.suspend for program in self.programs.values()))
+    @rule(data=st.data())
+    def driver_does_not_tell(self, data: st.DataObject) -> None:
+        if found := self.pick(data, lambda p: p.doubt or p.suspend):
+            self.now += 0.001
+            self.deliver(self.broker.unclear(found[0], self.now))
 
     @some("doubt")
-    @rule(data=st.data(), done=st.booleans())
-    def driver_tells(self, data: st.DataObject, done: bool) -> None:
-        """What has become of what it had begun for the broker before."""
+    @rule(data=st.data(), done=st.booleans(), lost=st.sampled_from([False, False, False, True]))
+    def driver_tells(self, data: st.DataObject, done: bool, lost: bool) -> None:
+        """What has become of what it, or a helper that has died, had begun."""
         if found := self.pick(data, lambda p: bool(p.doubt)):
-            self.clear_up(*found, done)
+            self.clear_up(*found, done, lost)
 
-    def clear_up(self, client: int, program: Program, done: bool) -> None:
+    def clear_up(self, client: int, program: Program, done: bool, lost: bool = False) -> None:
         if program.doubt == "suspending" and done:
             program.parked, program.resident = program.resident, 0
         elif program.doubt == "resuming" and done:
             program.resident, program.parked = program.resident + program.parked, 0
             program.moved = bool(program.onto)
         program.doubt = ""
+        if lost:  # whatever it had
+            program.parked, program.resident, program.refused = program.resident + program.parked, 0, True
         self.now += 0.001
-        self.deliver(self.broker.suspended(client, "" if program.parked else "it runs", 0.0, self.now))
+        problem = "it is failed" if lost else "" if program.parked else "it runs"
+        self.deliver(self.broker.suspended(client, problem, 0.0, self.now, lost=lost))
 
     @precondition(lambda self: self.driver)
     @some("resident")
@@ -506,7 +518,10 @@ class Histories(RuleBasedStateMachine):
                 break
             self.wait(1.0)
             for client, program in list(self.programs.items()):
-                if program.doubt:
+                if self.broker.clients[client].unclear:
+                    del self.programs[client]  # the user ends it, as he was told
+                    self.deliver(self.broker.gone(client, self.now))
+                elif program.doubt:
                     self.clear_up(client, program, True)
                 elif program.suspend:
                     program.suspend, program.parked, program.resident = False, program.resident, 0

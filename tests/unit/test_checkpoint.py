@@ -173,6 +173,34 @@ def test_an_old_driver_and_a_process_that_is_gone() -> None:
     assert it.driver.calls == []
 
 
+@pytest.mark.parametrize("failing", ["lock", "checkpoint"])
+def test_one_whose_state_cannot_be_asked_after_a_failure_is_unlocked_all_the_same(failing: str) -> None:
+    """It may be locked, and would stand still for ever; an unlock too many does no harm."""
+    it = tier(fails={failing: Result.UNKNOWN}, then={failing: State.LOCKED})
+    asked = it.driver.state
+
+    def state(pid: int) -> int:
+        if failing in it.driver.made():
+            it.driver.fails["state"] = Result.UNKNOWN
+        return asked(pid)
+
+    it.driver.state = state  # type: ignore[method-assign]
+    out = it.suspend()
+    assert it.driver.made()[-2:] == [failing, "unlock"]
+    assert it.driver.states[PID] == State.RUNNING
+    assert (out.done, out.state, out.problem) == (False, "unknown", "driver")
+    assert out.reason.endswith("it is left unknown")
+
+
+def test_one_that_is_suspended_is_so_although_its_state_cannot_be_asked_afterwards() -> None:
+    it = tier()
+    it.driver.during_checkpoint = lambda: it.driver.fails.update({"state": Result.UNKNOWN})
+    out = it.suspend()
+    assert (out.done, out.state, out.problem, out.reason, out.code) == (True, "unknown", "", "", 0)
+    it.driver.fails.clear()
+    assert it.resume().done
+
+
 def test_what_does_not_fit_the_host_is_not_begun() -> None:
     it = tier()
     out = it.checkpointer.suspend(PID, 1.0, host_free=39 * GIB)
@@ -250,6 +278,17 @@ def test_an_unlock_that_fails_can_be_repeated() -> None:
     it = tier(fails={"unlock": Result.UNKNOWN}, then={"unlock": State.RUNNING})
     it.suspend()
     assert it.resume().done
+
+
+def test_what_an_earlier_suspend_measured_is_not_taken_for_a_later_one() -> None:
+    it = tier()
+    it.suspend()
+    assert it.resume().done
+    it.driver.states[PID] = State.CHECKPOINTED  # by somebody else, and with other memory, perhaps
+    out = it.resume()
+    assert (out.done, out.state, out.problem) == (False, "checkpointed", "room")
+    assert "how much memory it needs" in out.reason
+    assert it.driver.made().count("restore") == 1
 
 
 # --- onto another GPU -------------------------------------------------------------------------------------------------

@@ -277,13 +277,87 @@ def test_while_nobody_waits_it_keeps_trying(broker: Broker) -> None:
         assert broker.tick(now + RETRY) == [(1, Resume())]
 
 
-def test_of_which_nobody_knows_where_it_is_keeps_its_lease(broker: Broker) -> None:
+def _in_doubt(broker: Broker) -> Broker:
+    """Client 1's time is over, client 2 waits, and nobody knows what has become of client 1 when it was resumed."""
     broker.suspended(1, "", 0.5, 1.6)
     broker.handle(1, Request(), 2.0)
-    broker.handle(2, Yield(0, 100), 3.0)
+    assert broker.handle(2, Yield(0, 100), 3.0) == [(1, Resume())]
     broker.handle(2, Request(), 3.1)
+    assert broker.resumed(1, "the helper has died", 3.2) == []
+    assert broker.clients[1].lease, "its time is not over"
+    assert not broker.in_doubt(1)
     assert broker.resumed(1, "the helper has died", 1000.0) == []
-    assert broker.clients[1].lease
+    assert broker.in_doubt(1)
+    assert (broker.clients[1].lease, broker.clients[1].resident) == (False, 600)  # which it may have on the GPU
+    broker.check()
+    return broker
+
+
+def test_of_which_nobody_knows_where_it_is_is_in_doubt_when_its_time_is_over(broker: Broker) -> None:
+    _in_doubt(broker)
+    assert broker.suspended(1, "", 0.0, 1001.0)[0] == (2, Grant(0, "GPU-x", CAPACITY))
+    broker.check()
+    assert broker.handle(2, Yield(0, 100), 2000.0) == [(1, Resume())]  # it has not been forgotten
+    assert broker.resumed(1, "", 2001.0) == [(1, Grant(0, "GPU-x", CAPACITY))]
+    broker.check()
+
+
+def test_and_makes_way_if_it_runs_after_all(broker: Broker) -> None:
+    _in_doubt(broker)
+    assert broker.suspended(1, "it runs", 0.0, 1001.0) == [(1, Suspend())]
+    broker.check()
+
+
+def test_and_is_refused_if_its_memory_is_lost(broker: Broker) -> None:
+    _in_doubt(broker)
+    refused, granted = broker.suspended(1, "it is failed", 0.0, 1001.0, lost=True)
+    assert isinstance(refused.message, Refused)
+    assert granted == (2, Grant(0, "GPU-x", CAPACITY))
+    broker.check()
+
+
+def test_while_the_driver_does_not_say_others_take_turns_beside_what_may_be_there(broker: Broker) -> None:
+    _in_doubt(broker)
+    assert broker.unclear(1, 1031.0) == [(2, Grant(0, "GPU-x", CAPACITY - 600))]
+    broker.check()
+    broker.handle(3, Hello(VERSION, 103, "p3", memory_hint=300), 1032.0)
+    [(revoked, _)] = broker.handle(3, Request(), 1032.0)
+    assert revoked == 2
+    assert broker.handle(2, Yield(0, 100), 1040.0) == [(3, Grant(0, "GPU-x", 300))]
+    assert broker.handle(1, Request(), 1041.0) == []  # nobody is revoked for it
+    broker.check()
+    broker.handle(3, Yield(0, 300), 1042.0)
+    assert broker.suspended(1, "", 0.0, 1050.0) == [(1, Resume())]  # it has waited all the time
+    broker.check()
+
+
+def test_who_needs_its_room_gets_it_when_the_user_has_ended_it(broker: Broker) -> None:
+    _in_doubt(broker)
+    broker.unclear(1, 1031.0)
+    broker.handle(2, Yield(0, 100), 1032.0)
+    broker.handle(3, Hello(VERSION, 103, "p3", memory_hint=CAPACITY), 1033.0)
+    assert broker.handle(3, Request(), 1033.0) == []
+    broker.check()
+    assert broker.gone(1, 1034.0) == [(3, Grant(0, "GPU-x", CAPACITY))]
+    broker.check()
+
+
+def test_others_of_its_gang_wait_for_it_only_until_it_is_gone() -> None:
+    gpus = [Gpu(n, CAPACITY, f"GPU-{n}") for n in range(2)]
+    broker = Broker(gpus, POLICIES["fifo"]())
+    broker.driver_tier(True, 0.0)
+    broker.recover({101})
+    gang = {"gang": "g", "gang_size": 2}
+    broker.handle(1, Hello(VERSION, 101, "p1", gpu=0, gpus="0,1", resident=600, **gang), 0.0, Found(600))
+    broker.handle(2, Hello(VERSION, 102, "p2", rank=1, **gang), 0.0)
+    for client in (1, 2):
+        broker.handle(client, Request(), 0.1)
+    broker.unclear(1, 31.0)
+    broker.handle(3, Hello(VERSION, 103, "p3", memory_hint=300), 32.0)
+    assert broker.handle(3, Request(), 32.0)[0].client == 3  # whatever the gang waits for
+    broker.check()
+    broker.handle(3, Yield(0, 300), 33.0)
+    assert [client for client, _ in broker.gone(1, 34.0)] == [2]
     broker.check()
 
 

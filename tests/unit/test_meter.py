@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+
 from acb.broker.core import Broker, Gpu
-from acb.broker.meter import EVERY, Meter
+from acb.broker.meter import EVERY, LONGEST_PAUSE, Meter
 from acb.broker.policies import POLICIES
 from acb.protocol import VERSION, Evacuate, Evacuated, Hello, Request, Yield
 
@@ -74,15 +76,85 @@ def test_a_device_that_does_not_say_or_does_not_know_the_process_changes_nothing
         assert list(Meter(lambda uuid, answer=answer: answer).look(broker.gpus, broker.clients, 2.0)) == []
 
 
-def test_a_device_that_fails_is_not_asked_again() -> None:
-    def fails(uuid: str) -> dict[int, int | None]:
-        raise OSError("fallen off the bus")
+class Device:
+    """Two GPUs, on each of which process 101 has 350 bytes, and process 102 has 450; those of `fails` do not answer."""
 
-    broker = _broker(300)
-    meter = Meter(fails)
+    def __init__(self, *fails: str) -> None:
+        self.fails = set(fails)
+        self.asked: list[str] = []
+
+    def __call__(self, uuid: str) -> dict[int, int | None]:
+        self.asked.append(uuid)
+        if uuid in self.fails:
+            raise OSError("fallen off the bus")
+        return {101: 350, 102: 450}
+
+
+def _two_gpus() -> Broker:
+    """Client 1 has left 300 bytes on the first GPU, and client 2 on the second."""
+    broker = Broker([Gpu(0, CAPACITY, "GPU-a"), Gpu(1, CAPACITY, "GPU-b")], POLICIES["fifo"]())
+    for client in (1, 2):
+        broker.handle(client, Hello(VERSION, 100 + client, f"p{client}"), 0.0)
+        broker.handle(client, Request(), 0.0)
+        broker.handle(client, Yield(300, 300), 1.0)
+    assert [broker.clients[client].gpu for client in (1, 2)] == [0, 1]
+    return broker
+
+
+def test_a_gpu_that_does_not_answer_silences_no_other() -> None:
+    broker, device = _two_gpus(), Device("GPU-a")
+    meter = Meter(device)
+    assert list(meter.look(broker.gpus, broker.clients, 2.0)) == [(2, 450)]
+    assert meter.due(broker.gpus, broker.clients) == 2.0 + EVERY
+    assert meter.held(broker.gpus, broker.clients) == {2: 450}
+
+
+def test_it_is_asked_again_after_ever_longer_pauses_until_it_answers() -> None:
+    broker, device = _broker(300), Device("GPU-x")
+    meter = Meter(device)
+    moments = [2.0]
+    for _ in range(12):
+        assert list(meter.look(broker.gpus, broker.clients, moments[-1])) == []
+        due = meter.due(broker.gpus, broker.clients)
+        assert due is not None
+        assert list(meter.look(broker.gpus, broker.clients, due - 0.5)) == []
+        moments.append(due)
+    assert len(device.asked) == 12, "it is left in peace in between"
+    pauses = [later - earlier for earlier, later in itertools.pairwise(moments)]
+    assert pauses == sorted(pauses)
+    assert (pauses[0], pauses[-1]) == (2 * EVERY, LONGEST_PAUSE)
+    device.fails.clear()
+    assert list(meter.look(broker.gpus, broker.clients, moments[-1])) == [(1, 350)]
+    assert meter.due(broker.gpus, broker.clients) == moments[-1] + EVERY
+    assert meter.held(broker.gpus, broker.clients) == {1: 350}
+
+
+def test_it_is_said_once_that_it_does_not_answer_and_once_that_it_does_again() -> None:
+    broker, device = _two_gpus(), Device("GPU-b")
+    meter = Meter(device)
+    news = []
+    for now in (10.0, 100.0, 200.0):
+        list(meter.look(broker.gpus, broker.clients, now))
+        news.append(meter.news())
+    assert [len(words) for words in news] == [1, 0, 0]
+    assert "GPU 1 does not say" in news[0][0]
+    assert "fallen off the bus" in news[0][0]
+    device.fails.clear()
+    list(meter.look(broker.gpus, broker.clients, 300.0))
+    assert meter.news() == ["GPU 1 says again what processes hold there"]
+    device.fails.add("GPU-b")
+    list(meter.look(broker.gpus, broker.clients, 400.0))
+    assert len(meter.news()) == 1, "another time is said again"
+
+
+def test_of_one_on_two_gpus_nothing_is_believed_while_one_does_not_answer() -> None:
+    broker = Broker([Gpu(0, CAPACITY, "GPU-a"), Gpu(1, CAPACITY, "GPU-b")], POLICIES["fifo"]())
+    broker.handle(1, Hello(VERSION, 101, "p", count=2), 0.0)
+    broker.handle(1, Request(), 0.0)
+    broker.handle(1, Yield(600, 600), 1.0)  # on the fuller one, which may be the silent one
+    meter = Meter(Device("GPU-b"))
     assert list(meter.look(broker.gpus, broker.clients, 2.0)) == []
-    assert meter.problem == "fallen off the bus"
-    assert meter.due(broker.gpus, broker.clients) is None
+    assert meter.held(broker.gpus, broker.clients) == {}
 
 
 def test_a_person_sees_what_a_holder_has_now() -> None:
