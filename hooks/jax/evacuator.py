@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 from acb.client.evacuation import EvacuationError, batches, fullest
+from acb.hooks.jax import contexts
 from acb.hooks.jax.hostcopies import HostCopies
 from acb.hooks.jax.internals import GATED, Internals, in_device_memory, like, moving, on_gated, repoint
 from acb.hooks.jax.ledger import Ledger
@@ -74,15 +75,20 @@ class JaxEvacuator:
     # --- what is there ----------------------------------------------------------------------------------------------
 
     def synchronize(self) -> None:
-        """Wait until all arrays are computed and all effects have happened."""
+        """Wait until all arrays are computed, all effects have happened, and the device has no other work left.
+
+        A computation whose results the program has dropped goes on, and neither an array nor a token tells.
+        """
         with moving():
             waiting: list[Any] = self._live()
             waiting += [self._tokens.pop(key, None) for key in list(self._tokens)]
             for value in waiting:
                 if value is not None:
                     # A failed computation is done too; the program will see its error.
-                    with contextlib.suppress(RuntimeError):
+                    with contextlib.suppress(RuntimeError, ValueError):
                         value.block_until_ready()
+            if self._ledger is None and any(True for _ in self._devices()):
+                contexts.drain()  # a simulated GPU's work is done when its call returns
 
     def resident(self) -> int:
         """See Evacuator.resident."""
