@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -12,6 +14,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
+from jax.experimental import io_callback  # noqa: E402
 
 from acb.hooks.jax import contexts, internals, pool  # noqa: E402
 from acb.hooks.jax.evacuator import JaxEvacuator  # noqa: E402
@@ -25,6 +28,10 @@ def gated() -> Iterator[None]:
         yield
     finally:
         internals.GATED.discard("cpu")
+
+
+class Device(NamedTuple):
+    platform: str
 
 
 class FakeLibrary:
@@ -144,3 +151,55 @@ def test_a_computation_that_failed_is_done(monkeypatch: pytest.MonkeyPatch) -> N
             patch.setattr(type(array), "block_until_ready", fails)
             evacuator.synchronize()
         assert library.queued == [0]
+
+
+@pytest.mark.usefixtures("gated")
+def test_effects_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A computation without a result, such as a callback, leaves nothing but a token."""
+    standing, may_go = threading.Event(), threading.Event()
+
+    class Slow:
+        """A token whose effect has not happened until `may_go`."""
+
+        def __init__(self, token: Any) -> None:
+            self.token = token
+
+        def block_until_ready(self) -> None:
+            standing.set()
+            assert may_go.wait(60)
+            self.token.block_until_ready()
+
+    evacuator = JaxEvacuator(internals.Internals())
+    kind = evacuator._internals.dispatch.RuntimeTokenSet
+    noted = evacuator.wrap_tokens(kind.set_output_runtime_token)
+    monkeypatch.setattr(
+        kind, "set_output_runtime_token", lambda tokens, device, token: noted(tokens, device, Slow(token))
+    )
+    seen: list[float] = []
+    jax.jit(lambda x: io_callback(lambda value: seen.append(float(value)), None, x.sum()))(jnp.ones(3))
+    done = threading.Event()
+    waiter = threading.Thread(target=lambda: (evacuator.synchronize(), done.set()))
+    waiter.start()
+    while not standing.wait(0.01) and waiter.is_alive():
+        pass
+    early = done.is_set()
+    may_go.set()
+    waiter.join()
+    jax.effects_barrier()
+    assert standing.is_set()
+    assert not early
+    assert seen == [3]
+    standing.clear()
+    evacuator.synchronize()
+    assert not standing.is_set(), "waited for once"
+
+
+def test_only_effects_on_gated_devices_are_noted() -> None:
+    evacuator = JaxEvacuator(internals.Internals())
+    given: list[Any] = []
+    noted = evacuator.wrap_tokens(lambda *args: given.append(args))
+    here, there = Device("gpu"), Device("cpu")
+    for device in (here, there):
+        noted("tokens", device, SimpleNamespace(block_until_ready=lambda: None))
+    assert [device for _, device, _ in given] == [here, there]
+    assert [device for _, device in evacuator._tokens] == [here]
