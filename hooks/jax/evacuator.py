@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 from acb.client.evacuation import EvacuationError, batches, fullest
+from acb.client.hostmemory import Claim
 from acb.hooks.jax import contexts
 from acb.hooks.jax.hostcopies import HostCopies
 from acb.hooks.jax.internals import GATED, Internals, in_device_memory, like, moving, on_gated, repoint
@@ -149,23 +150,30 @@ class JaxEvacuator:
 
     def evacuation(self, piece: int = 0) -> Generator[int]:
         """See acb.client.evacuation.Evacuator."""
-        with moving(), self._lock:
-            for device in self._devices():
-                check_pool(device)
-            buffers = self._plan(self._live(), strict=True)[1]
-            self._copies.require(sum(buffer.nbytes for buffer in buffers))
-            in_pieces = piece > 0 and len({id(buffer.device) for buffer in buffers}) == 1
-        del buffers
-        yield 0
-        with moving(), self._lock:
-            plans = self._plan(self._live(), strict=True)[0]
-            for batch in batches(_sharing(plans), piece if in_pieces else 0):
-                yield self._move_out([plan for group in batch for plan in group])
+        with contextlib.closing(Claim()) as claim:
+            with moving(), self._lock:
+                for device in self._devices():
+                    check_pool(device)
+                buffers = self._plan(self._live(), strict=True)[1]
+                devices, sizes = [buffer.device for buffer in buffers], [buffer.nbytes for buffer in buffers]
+                self._copies.claim(claim, devices, sizes, self._pooled())
+                in_pieces = piece > 0 and len(set(map(id, devices))) == 1
+            del buffers
+            yield 0
+            with moving(), self._lock:
+                plans = self._plan(self._live(), strict=True)[0]
+                for batch in batches(_sharing(plans), piece if in_pieces else 0):
+                    yield self._move_out([plan for group in batch for plan in group], claim)
 
-    def _move_out(self, plans: list[_Evacuated]) -> int:
+    def _pooled(self) -> list[int]:
+        """The bytes of each host copy that is in XLA's pool."""
+        buffers = _buffers(list(self._evacuated.values()))
+        return [buffer.nbytes for buffer in buffers if self._copies.in_pool(buffer.host)]
+
+    def _move_out(self, plans: list[_Evacuated], claim: Claim) -> int:
         """Move these arrays, which share no buffer with others, all or none: the bytes moved."""
         moved = _fullest(_buffers(plans))
-        self._copy_out(plans)
+        self._copy_out(plans, claim)
         try:
             leaving = []
             for plan in plans:
@@ -246,19 +254,17 @@ class JaxEvacuator:
         if pinned is not None and pinned() is array:
             raise EvacuationError("the program holds the GPU address of a jax array")
 
-    def _copy_out(self, plans: list[_Evacuated]) -> None:
+    def _copy_out(self, plans: list[_Evacuated], claim: Claim) -> None:
         """Fill in every buffer's host copy."""
         buffers = _buffers(plans)
-        nbytes = sum(buffer.nbytes for buffer in buffers)
-        held = sum(buffer.nbytes for buffer in _buffers(list(self._evacuated.values())))
+        arrays, devices = [buffer.array for buffer in buffers], [buffer.device for buffer in buffers]
+        sizes = [buffer.nbytes for buffer in buffers]
         try:
-            arrays, devices = [buffer.array for buffer in buffers], [buffer.device for buffer in buffers]
-            for buffer, copy in zip(buffers, self._copies.out(arrays, devices, nbytes, held), strict=True):
-                buffer.host = copy
+            copies = self._copies.out(arrays, devices, sizes, self._pooled(), claim)
         except (MemoryError, RuntimeError) as error:
             raise EvacuationError(f"jax arrays could not be copied to host memory: {error}") from error
-        for buffer in buffers:
-            buffer.array = None
+        for buffer, copy in zip(buffers, copies, strict=True):
+            buffer.host, buffer.array = copy, None
 
     # --- and back ---------------------------------------------------------------------------------------------------
 
