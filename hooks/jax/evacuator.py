@@ -273,7 +273,7 @@ class JaxEvacuator:
         try:
             with moving(), self._lock:
                 return self._move_in(list(self._evacuated.values()), limit)
-        except RuntimeError as error:
+        except Exception as error:
             if out_of_memory(error):
                 raise MemoryError(str(error)) from error
             raise

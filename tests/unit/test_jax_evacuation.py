@@ -21,6 +21,7 @@ from hypothesis import strategies as st  # noqa: E402
 from acb.client import hostmemory  # noqa: E402
 from acb.client.evacuation import EvacuationError  # noqa: E402
 from acb.client.hostmemory import RESERVE  # noqa: E402
+from acb.client.memory import Memory  # noqa: E402
 from acb.hooks.jax import evacuator as evacuation  # noqa: E402
 from acb.hooks.jax import hostcopies, internals  # noqa: E402
 
@@ -417,6 +418,28 @@ def test_no_room_to_restore_keeps_the_rest_in_host_memory(
     assert evacuator.restore() > 0
     assert [describe(a) for a in arrays] == before
     assert evacuator.restore() == 0
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, OSError], ids=lambda kind: kind.__name__)
+def test_no_room_to_restore_is_tried_again_whatever_class_jax_gives_the_error(
+    evacuator: evacuation.JaxEvacuator, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    array = jnp.arange(8)
+    before = describe(array)
+    memory = Memory([evacuator])
+    moved = memory.evacuate().nbytes
+
+    def no_room(*_: Any) -> Any:
+        raise kind("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 32 bytes.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evacuator._copies, "back", no_room)
+        with pytest.raises(MemoryError, match="RESOURCE_EXHAUSTED"):
+            memory.restore()
+    assert memory.unrestored
+    assert memory.evacuated == moved
+    memory.restore()
+    assert describe(array) == before
 
 
 def test_a_copy_back_that_fails_on_its_way_loses_nothing(
