@@ -46,9 +46,9 @@ class Evacuator(Protocol):
         bytes, of the GPU that had most of them.
 
         The first step moves nothing and yields 0: all can be moved, as far as can be told, and host memory for all of
-        it is taken. Closed then, it leaves everything as it was. `piece`: about so many bytes a step, of a program with
-        one GPU; 0: all in one step. Raises EvacuationError: what was yielded stays in host memory, all else is as it
-        was.
+        it is taken, or claimed (hostmemory.Claim), so that no other framework of the program counts on it. Closed then,
+        it leaves everything as it was. `piece`: about so many bytes a step, of a program with one GPU; 0: all in one
+        step. Raises EvacuationError: what was yielded stays in host memory, all else is as it was.
         """
 
     def restore(self, limit: int | None = None) -> int:

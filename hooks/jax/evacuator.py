@@ -14,6 +14,8 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 from acb.client.evacuation import EvacuationError, batches, fullest
+from acb.client.hostmemory import Claim
+from acb.hooks.jax import contexts
 from acb.hooks.jax.hostcopies import HostCopies
 from acb.hooks.jax.internals import GATED, Internals, in_device_memory, like, moving, on_gated, repoint
 from acb.hooks.jax.ledger import Ledger
@@ -74,15 +76,20 @@ class JaxEvacuator:
     # --- what is there ----------------------------------------------------------------------------------------------
 
     def synchronize(self) -> None:
-        """Wait until all arrays are computed and all effects have happened."""
+        """Wait until all arrays are computed, all effects have happened, and the device has no other work left.
+
+        A computation whose results the program has dropped goes on, and neither an array nor a token tells.
+        """
         with moving():
             waiting: list[Any] = self._live()
             waiting += [self._tokens.pop(key, None) for key in list(self._tokens)]
             for value in waiting:
                 if value is not None:
                     # A failed computation is done too; the program will see its error.
-                    with contextlib.suppress(RuntimeError):
+                    with contextlib.suppress(RuntimeError, ValueError):
                         value.block_until_ready()
+            if self._ledger is None and any(True for _ in self._devices()):
+                contexts.drain()  # a simulated GPU's work is done when its call returns
 
     def resident(self) -> int:
         """See Evacuator.resident."""
@@ -143,23 +150,30 @@ class JaxEvacuator:
 
     def evacuation(self, piece: int = 0) -> Generator[int]:
         """See acb.client.evacuation.Evacuator."""
-        with moving(), self._lock:
-            for device in self._devices():
-                check_pool(device)
-            buffers = self._plan(self._live(), strict=True)[1]
-            self._copies.require(sum(buffer.nbytes for buffer in buffers))
-            in_pieces = piece > 0 and len({id(buffer.device) for buffer in buffers}) == 1
-        del buffers
-        yield 0
-        with moving(), self._lock:
-            plans = self._plan(self._live(), strict=True)[0]
-            for batch in batches(_sharing(plans), piece if in_pieces else 0):
-                yield self._move_out([plan for group in batch for plan in group])
+        with contextlib.closing(Claim()) as claim:
+            with moving(), self._lock:
+                for device in self._devices():
+                    check_pool(device)
+                buffers = self._plan(self._live(), strict=True)[1]
+                devices, sizes = [buffer.device for buffer in buffers], [buffer.nbytes for buffer in buffers]
+                self._copies.claim(claim, devices, sizes, self._pooled())
+                in_pieces = piece > 0 and len(set(map(id, devices))) == 1
+            del buffers
+            yield 0
+            with moving(), self._lock:
+                plans = self._plan(self._live(), strict=True)[0]
+                for batch in batches(_sharing(plans), piece if in_pieces else 0):
+                    yield self._move_out([plan for group in batch for plan in group], claim)
 
-    def _move_out(self, plans: list[_Evacuated]) -> int:
+    def _pooled(self) -> list[int]:
+        """The bytes of each host copy that is in XLA's pool."""
+        buffers = _buffers(list(self._evacuated.values()))
+        return [buffer.nbytes for buffer in buffers if self._copies.in_pool(buffer.host)]
+
+    def _move_out(self, plans: list[_Evacuated], claim: Claim) -> int:
         """Move these arrays, which share no buffer with others, all or none: the bytes moved."""
         moved = _fullest(_buffers(plans))
-        self._copy_out(plans)
+        self._copy_out(plans, claim)
         try:
             leaving = []
             for plan in plans:
@@ -240,19 +254,17 @@ class JaxEvacuator:
         if pinned is not None and pinned() is array:
             raise EvacuationError("the program holds the GPU address of a jax array")
 
-    def _copy_out(self, plans: list[_Evacuated]) -> None:
+    def _copy_out(self, plans: list[_Evacuated], claim: Claim) -> None:
         """Fill in every buffer's host copy."""
         buffers = _buffers(plans)
-        nbytes = sum(buffer.nbytes for buffer in buffers)
-        held = sum(buffer.nbytes for buffer in _buffers(list(self._evacuated.values())))
+        arrays, devices = [buffer.array for buffer in buffers], [buffer.device for buffer in buffers]
+        sizes = [buffer.nbytes for buffer in buffers]
         try:
-            arrays, devices = [buffer.array for buffer in buffers], [buffer.device for buffer in buffers]
-            for buffer, copy in zip(buffers, self._copies.out(arrays, devices, nbytes, held), strict=True):
-                buffer.host = copy
+            copies = self._copies.out(arrays, devices, sizes, self._pooled(), claim)
         except (MemoryError, RuntimeError) as error:
             raise EvacuationError(f"jax arrays could not be copied to host memory: {error}") from error
-        for buffer in buffers:
-            buffer.array = None
+        for buffer, copy in zip(buffers, copies, strict=True):
+            buffer.host, buffer.array = copy, None
 
     # --- and back ---------------------------------------------------------------------------------------------------
 
@@ -261,7 +273,7 @@ class JaxEvacuator:
         try:
             with moving(), self._lock:
                 return self._move_in(list(self._evacuated.values()), limit)
-        except RuntimeError as error:
+        except Exception as error:
             if out_of_memory(error):
                 raise MemoryError(str(error)) from error
             raise

@@ -7,12 +7,12 @@ nothing, but pays for every allocation.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 from typing import Any
 
 from acb.client.evacuation import EvacuationError
+from acb.hooks.jax.contexts import in_each
 from acb.hooks.jax.internals import is_simulated_device
 
 VARIABLE = "XLA_PYTHON_CLIENT_ALLOCATOR"
@@ -38,29 +38,11 @@ def trim_pool() -> None:
     """Give what CUDA's default pools keep, on devices that this process uses, back to the driver."""
     if os.environ.get(VARIABLE) != "cuda_async":
         return
-    with contextlib.suppress(OSError, AttributeError):
-        cuda = ctypes.CDLL("libcuda.so.1")
-        count = ctypes.c_int()
-        if cuda.cuDeviceGetCount(ctypes.byref(count)) == 0:
-            for ordinal in range(count.value):
-                _trim(cuda, ordinal)
+    in_each(_trim)
 
 
-def _trim(cuda: Any, ordinal: int) -> None:
+def _trim(cuda: Any, device: ctypes.c_int) -> None:
     """Trim one device's pool; freed memory is in it only once the device has come to the point where it was freed."""
-    device, flags, active = ctypes.c_int(), ctypes.c_uint(), ctypes.c_int()
-    context, pool = ctypes.c_void_p(), ctypes.c_void_p()
-    if cuda.cuDeviceGet(ctypes.byref(device), ordinal) or cuda.cuDevicePrimaryCtxGetState(
-        device, ctypes.byref(flags), ctypes.byref(active)
-    ):
-        return
-    if not active.value or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device):
-        return
-    try:
-        if cuda.cuCtxPushCurrent_v2(context) == 0:
-            cuda.cuCtxSynchronize()
-            cuda.cuCtxPopCurrent_v2(ctypes.byref(context))
-        if cuda.cuDeviceGetDefaultMemPool(ctypes.byref(pool), device) == 0:
-            cuda.cuMemPoolTrimTo(pool, ctypes.c_size_t(0))
-    finally:
-        cuda.cuDevicePrimaryCtxRelease_v2(device)
+    pool = ctypes.c_void_p()
+    if cuda.cuDeviceGetDefaultMemPool(ctypes.byref(pool), device) == 0:
+        cuda.cuMemPoolTrimTo(pool, ctypes.c_size_t(0))

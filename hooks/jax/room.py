@@ -14,8 +14,10 @@ _ASKED = re.compile(r"allocat(?:e|ing)\s+([\d.]+)\s*(?:([KMGT])i?)?(?:B|bytes)",
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether jax says that a device's memory is exhausted; its C++ fast path raises a plain ValueError."""
-    return isinstance(error, (RuntimeError, ValueError)) and str(error).startswith("RESOURCE_EXHAUSTED")
+    """Whether jax says that a device's memory is exhausted: in errors of several classes, a plain ValueError of its C++
+    fast path among them.
+    """
+    return str(error).startswith("RESOURCE_EXHAUSTED")
 
 
 TRIES = 3
@@ -47,18 +49,25 @@ def call_with_room(function: Callable[..., Any], args: tuple[Any, ...], kwargs: 
         try:
             return function(*args, **kwargs)
         except (RuntimeError, ValueError) as error:
-            if thread.passes or not out_of_memory(error) or any(map(_consumed, args)):
+            if thread.passes or not out_of_memory(error) or _consumed((args, kwargs)):
                 raise
             if not runtime.client().more_room(asked_for(error) or 1):
                 raise
     return function(*args, **kwargs)  # the room is there by the broker's books, but not for this: jax's own error
 
 
-def _consumed(value: Any) -> bool:
-    """Whether an argument, or one of a list, is an array that no longer has its data."""
-    if isinstance(value, (list, tuple)):
-        return any(map(_consumed, value))
+def _consumed(arguments: Any) -> bool:
+    """Whether any array in these, however deep in a tree that jax knows, no longer has its data."""
+    from jax.tree_util import tree_leaves
+
     try:
-        return bool(value.is_deleted())
-    except (AttributeError, RuntimeError):
+        return any(map(_deleted, tree_leaves(arguments)))
+    except Exception:  # a tree of the program's own cannot be taken apart: nobody can tell
+        return True
+
+
+def _deleted(leaf: Any) -> bool:
+    try:
+        return bool(leaf.is_deleted())
+    except Exception:  # no array
         return False

@@ -18,7 +18,10 @@ import numpy as np  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+from acb.client import hostmemory  # noqa: E402
 from acb.client.evacuation import EvacuationError  # noqa: E402
+from acb.client.hostmemory import RESERVE  # noqa: E402
+from acb.client.memory import Memory  # noqa: E402
 from acb.hooks.jax import evacuator as evacuation  # noqa: E402
 from acb.hooks.jax import hostcopies, internals  # noqa: E402
 
@@ -273,14 +276,123 @@ def test_page_locked_memory_is_used_where_there_is_some(
         assert kinds() == {None}, "ordinary memory, when the pool is full"
         evacuator.restore()
         assert describe(array) == before
-        monkeypatch.setattr(evacuator._copies, "_pool", 0)
-        monkeypatch.setattr("acb.client.hostmemory.available_bytes", lambda: hostcopies.hostmemory.RESERVE + (1 << 20))
+        monkeypatch.setattr(evacuator._copies, "_places", [])
+        monkeypatch.setattr("acb.client.hostmemory.available_bytes", lambda: RESERVE + (1 << 20))
         more = jnp.zeros(3 << 18, jnp.uint8)  # it fits, but not if the pool should grow by twice as much
         evacuator.evacuate()
         assert kinds() == {None}
         evacuator.restore()
         assert describe(array) == before
         assert not more.any()
+
+
+def blocks(*mebibytes: int) -> list[Any]:
+    return [jax.block_until_ready(jax.device_put(np.full(n << 20, n, np.uint8))) for n in mebibytes]
+
+
+def in_pool(evacuator: evacuation.JaxEvacuator) -> dict[bool, int]:
+    """MiB that are in XLA's pool, and that are not."""
+    found = {True: 0, False: 0}
+    for buffer in {buffer for entry in evacuator._evacuated.values() for buffer in entry.buffers}:
+        found[evacuator._copies.in_pool(buffer.host)] += buffer.nbytes >> 20
+    return found
+
+
+@pytest.mark.parametrize("evacuator", [True], indirect=True, ids=["page-locked"])
+def test_what_fits_into_the_pool_goes_there_and_only_the_rest_needs_host_memory(
+    evacuator: evacuation.JaxEvacuator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gc.collect()
+    jax.clear_caches()
+    free = 0  # MiB
+    monkeypatch.setattr("acb.hostmemory.available_bytes", lambda: RESERVE + (free << 20) + (1 << 19))
+    arrays, free = blocks(40, 30), 200
+    assert evacuator.evacuate() >> 20 == 70
+    assert in_pool(evacuator) == {True: 70, False: 0}
+    evacuator.restore()
+
+    arrays, free = [*arrays, *blocks(10)], 15  # the pool could grow by twice as much
+    evacuator.evacuate()
+    assert in_pool(evacuator) == {True: 70, False: 10}
+    evacuator.restore()
+    free = 9
+    with pytest.raises(EvacuationError, match="do not fit into host memory"):
+        next(evacuator.evacuation(10 << 20))
+    free = 20
+    evacuator.evacuate()
+    assert in_pool(evacuator) == {True: 80, False: 0}
+    evacuator.restore()
+
+    arrays, free = blocks(60), 30  # 80 are free there, but not in one piece
+    with pytest.raises(EvacuationError, match="do not fit into host memory"):
+        evacuator.evacuate()
+    arrays, free = blocks(25, 25), 0
+    for piece in (0, 1):
+        assert sum(evacuator.evacuation(piece)) >> 20 == 50
+        assert in_pool(evacuator) == {True: 50, False: 0}
+        evacuator.restore()
+    assert [set(np.asarray(array).tolist()) for array in arrays] == [{25}, {25}]
+    arrays = blocks(40, 30)  # the pool has not become smaller
+    evacuator.evacuate()
+    assert in_pool(evacuator) == {True: 70, False: 0}
+    evacuator.restore()
+
+
+@pytest.mark.parametrize("evacuator", [True], indirect=True, ids=["page-locked"])
+def test_a_pool_that_takes_less_than_was_thought_costs_no_memory_that_is_not_there(
+    evacuator: evacuation.JaxEvacuator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gc.collect()
+    jax.clear_caches()
+    free = 200
+    monkeypatch.setattr("acb.hostmemory.available_bytes", lambda: RESERVE + (free << 20) + (1 << 19))
+    arrays = blocks(40)
+    evacuator.evacuate()
+    evacuator.restore()
+
+    def no_room(*_: Any) -> Any:
+        raise evacuator._internals.RuntimeError("RESOURCE_EXHAUSTED: Out of host memory")
+
+    for free in (30, 50):
+        with monkeypatch.context() as patch:
+            patch.setattr(evacuator._copies, "_put", no_room)
+            if free < 40:
+                with pytest.raises(EvacuationError, match="do not fit into host memory"):
+                    evacuator.evacuate()
+                assert not any(map(gone, arrays))
+            else:
+                evacuator.evacuate()
+                assert in_pool(evacuator) == {True: 0, False: 40}
+    evacuator.restore()
+    assert set(np.asarray(arrays[0]).tolist()) == {40}
+
+
+def test_host_memory_is_claimed_at_the_first_step(
+    evacuator: evacuation.JaxEvacuator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So two frameworks of one program cannot both count on it."""
+    gc.collect()
+    jax.clear_caches()
+    arrays = blocks(20, 20)
+    free = RESERVE + ((100 if evacuator._copies._pinned else 70) << 20)  # the pool could grow by twice as much
+    monkeypatch.setattr("acb.hostmemory.available_bytes", lambda: free)
+    other = evacuation.JaxEvacuator(evacuator._internals, pinned=False)
+    steps, others = evacuator.evacuation(20 << 20), other.evacuation()
+    next(steps)
+    with pytest.raises(EvacuationError, match="do not fit into host memory"):
+        next(others)
+    steps.close()
+    others = other.evacuation()
+    next(others)
+    others.close()
+    assert hostmemory.available_bytes() == free
+    assert not any(map(gone, arrays))
+
+    left = [hostmemory.available_bytes() for _ in evacuator.evacuation(20 << 20)]
+    assert left == sorted(left), "what is written is claimed no more"
+    assert len(set(left)) > 2
+    assert hostmemory.available_bytes() == free
+    evacuator.restore()
 
 
 def test_no_room_to_restore_keeps_the_rest_in_host_memory(
@@ -306,6 +418,28 @@ def test_no_room_to_restore_keeps_the_rest_in_host_memory(
     assert evacuator.restore() > 0
     assert [describe(a) for a in arrays] == before
     assert evacuator.restore() == 0
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, OSError], ids=lambda kind: kind.__name__)
+def test_no_room_to_restore_is_tried_again_whatever_class_jax_gives_the_error(
+    evacuator: evacuation.JaxEvacuator, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    array = jnp.arange(8)
+    before = describe(array)
+    memory = Memory([evacuator])
+    moved = memory.evacuate().nbytes
+
+    def no_room(*_: Any) -> Any:
+        raise kind("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 32 bytes.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evacuator._copies, "back", no_room)
+        with pytest.raises(MemoryError, match="RESOURCE_EXHAUSTED"):
+            memory.restore()
+    assert memory.unrestored
+    assert memory.evacuated == moved
+    memory.restore()
+    assert describe(array) == before
 
 
 def test_a_copy_back_that_fails_on_its_way_loses_nothing(

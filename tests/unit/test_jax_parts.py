@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -107,6 +108,52 @@ def test_only_running_out_of_memory_is_repeated(monkeypatch: pytest.MonkeyPatch)
     errors.append(RuntimeError("RESOURCE_EXHAUSTED: allocate 8 bytes"))
     with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
         room.again_with_more_room(work)()
+
+
+def test_a_call_that_has_consumed_its_arguments_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever they are: in a dictionary, a tree of the program's own, or given by keyword."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    jax = pytest.importorskip("jax")
+
+    class State:
+        def __init__(self, weights: Any) -> None:
+            self.weights = weights
+
+    jax.tree_util.register_pytree_node(State, lambda state: ((state.weights,), None), lambda _, parts: State(*parts))
+    asked: list[int] = []
+    monkeypatch.setattr(runtime, "client", lambda: SimpleNamespace(more_room=lambda nbytes: asked.append(nbytes) or 1))
+    calls: list[bool] = []
+
+    def step(*args: Any, donates: bool, **kwargs: Any) -> Any:
+        leaves = jax.tree_util.tree_leaves((args, kwargs))
+        calls.append(donates)
+        if len(calls) > 1:
+            return [leaf.is_deleted() for leaf in leaves]
+        if donates:
+            for leaf in leaves:
+                leaf.delete()
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4096 bytes.")
+
+    def wrapped(kind: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        array = jax.numpy.ones(3)
+        return {
+            "dictionary": (({"layer": {"w": array}},), {}),
+            "own tree": ((State([array]),), {}),
+            "keyword": ((), {"params": array}),
+            "list": (([(array,)],), {}),
+        }[kind]
+
+    for kind in ("dictionary", "own tree", "keyword", "list"):
+        args, kwargs = wrapped(kind)
+        calls.clear()
+        with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+            room.again_with_more_room(step)(*args, donates=True, **kwargs)
+        assert (kind, calls, asked) == (kind, [True], [])
+        args, kwargs = wrapped(kind)
+        calls.clear()
+        assert room.again_with_more_room(step)(*args, donates=False, **kwargs) == [False]
+        assert (kind, calls, asked) == (kind, [False, False], [4096])
+        asked.clear()
 
 
 def test_settings_that_do_not_go_together_are_said_once(
