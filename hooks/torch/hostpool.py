@@ -6,7 +6,9 @@ rounded up to a power of two and never go back to the operating system.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +23,32 @@ SLAB = 256 << 20
 ALIGN = 512
 
 
+class _Map(mmap.mmap):
+    """Anonymous memory that forked children do not have: a data loader's workers would keep its old bytes for ever, and
+    the GPU reads and writes the parent's pages.
+    """
+
+    owner: int | None = None
+    """The process that has it; None when it could not be made."""
+
+    def __new__(cls, nbytes: int) -> _Map:
+        fresh = super().__new__(cls, -1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+            try:
+                fresh.madvise(getattr(mmap, advice))
+            except (AttributeError, OSError, ValueError):
+                pass  # it is only quicker, or smaller, with it
+        return fresh
+
+    def __init__(self, nbytes: int) -> None:
+        self.owner = os.getpid()
+
+    def __del__(self, process: Any = os.getpid, keep: Any = ctypes.pythonapi.Py_IncRef) -> None:
+        # In a forked child something else may lie at this address by now, which must not be unmapped with this object.
+        if self.owner not in (None, process()):
+            keep(ctypes.py_object(self))
+
+
 class Slab:
     """One map, filled from its start; `tenants` are the places in it that are in use."""
 
@@ -30,11 +58,8 @@ class Slab:
         self.filled = 0
         self.tenants: set[Place] = set()
         self._unregister: Callable[[int], Any] | None = None
-        self._map: Any = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        try:
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        except (AttributeError, OSError, ValueError):
-            pass  # only quicker with it
+        self._map: _Map | None = None
+        self._map = _Map(nbytes)
         self.address = int(torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr())
 
     def lock(self, register: Callable[[int, int], Any], unregister: Callable[[int], Any] | None) -> None:
@@ -51,7 +76,8 @@ class Slab:
 
     def close(self) -> None:
         """Give the memory back; at once, if nothing looks at it any more."""
-        if self.page_locked and self._unregister is not None:
+        here = self._map is not None and self._map.owner == os.getpid()
+        if here and self.page_locked and self._unregister is not None:
             try:
                 self._unregister(self.address)
             except Exception:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
+import mmap
+import os
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -82,3 +86,63 @@ def test_memory_that_cannot_be_page_locked_is_used_as_it_is() -> None:
     [place] = pool.take([10])
     assert not place.slab.page_locked
     assert place.storage().nbytes() == 10
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_size_that_the_host_cannot_give_is_refused_with_nothing_taken() -> None:
+    pool = HostPool(available=lambda: None)
+    with pytest.raises(MemoryError):
+        pool.take([MIB, 1 << 60])
+    gc.collect()
+    assert pool.held() == 0
+
+
+def _status_of_child(work: Callable[[], bool]) -> int:
+    """Fork; the child's exit status: 0 if `work` came out true there."""
+    child = os.fork()
+    if not child:
+        status = 2
+        try:
+            status = int(not work())
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _mapped(address: int) -> bool:
+    """Whether anything lies at this address in this process."""
+    with open("/proc/self/maps") as maps:
+        spans = [line.split()[0].split("-") for line in maps]
+    return any(int(begin, 16) <= address < int(end, 16) for begin, end in spans)
+
+
+def test_forked_children_have_no_copy_of_the_pool() -> None:
+    pool = HostPool()
+    [place] = pool.take([MIB])
+    place.storage().fill_(7)
+    address = place.slab.address
+    assert _mapped(address)
+    assert _status_of_child(lambda: not _mapped(address)) == 0
+    assert place.storage()[MIB - 1] == 7
+
+
+def test_a_forked_childs_own_memory_stays_when_it_drops_the_parents_pool() -> None:
+    unlocked: list[int] = []
+    pools = [HostPool(lambda address, nbytes: 0, lambda address: unlocked.append(address))]
+    [slab] = {place.slab for place in pools[0].take([MIB])}
+    address, nbytes = slab.address, slab.nbytes
+    del slab
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+
+    def replace() -> bool:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        assert libc.mmap(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) == address
+        ctypes.memset(address, 9, nbytes)
+        pools.clear()
+        gc.collect()
+        return _mapped(address) and ctypes.string_at(address, 3) == b"\x09\x09\x09" and not unlocked
+
+    assert _status_of_child(replace) == 0
+    assert unlocked == []
