@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -106,6 +106,59 @@ class Place:
         return self.slab.storage(self.offset, self.nbytes)
 
 
+class _Room:
+    """A slab as a plan fills it; `slab` is None as long as it has yet to be made."""
+
+    __slots__ = ("filled", "nbytes", "slab")
+
+    def __init__(self, slab: Slab | None, nbytes: int, filled: int) -> None:
+        self.slab = slab
+        self.nbytes = nbytes
+        self.filled = filled
+
+
+class _Plan:
+    """Which size goes where: a place is one stretch, so what is free in several slabs is not one room for it."""
+
+    def __init__(self, sizes: list[int], begun: list[Slab], empty: list[Slab]) -> None:
+        """In what is left of the slabs that are begun, in empty ones, and in as many new ones as it takes."""
+        rooms = [_Room(slab, slab.nbytes, slab.filled) for slab in begun]
+        rooms += [_Room(slab, slab.nbytes, 0) for slab in empty]
+        rooms.sort(key=lambda room: room.nbytes)  # a large one is for what needs it, as far as there are others
+        total = sum(map(_stretch, sizes))
+        spots: dict[int, tuple[_Room, int]] = {}
+        for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+            stretch = _stretch(sizes[index])
+            room = next((room for room in rooms if room.nbytes - room.filled >= stretch), None)
+            if room is None:
+                room = _Room(None, max(min(SLAB, _pages(total)), _pages(stretch)), 0)
+                rooms.insert(0, room)
+            spots[index] = (room, room.filled)
+            room.filled += stretch
+            if room.nbytes - room.filled < ALIGN:
+                rooms.remove(room)
+        self._spots = [spots[index] for index in range(len(sizes))]
+        self.rooms = list(dict.fromkeys(room for room, _ in self._spots))
+
+    def new(self) -> int:
+        """Bytes of the slabs that it takes and that are not there yet."""
+        return sum(room.nbytes for room in self.rooms if room.slab is None)
+
+    def used(self) -> set[Slab]:
+        """The slabs that it takes and that are there."""
+        return {room.slab for room in self.rooms if room.slab is not None}
+
+    def carry_out(self, sizes: list[int]) -> list[Place]:
+        """The places, once every slab has been made."""
+        places = []
+        for (room, offset), nbytes in zip(self._spots, sizes, strict=True):
+            assert room.slab is not None
+            places.append(Place(room.slab, offset, nbytes))
+            room.slab.filled = room.filled
+            room.slab.tenants.add(places[-1])
+        return places
+
+
 class HostPool:
     """Slabs, reused from one evacuation to the next."""
 
@@ -136,39 +189,35 @@ class HostPool:
         """A place for each size in bytes, in slabs that are empty, or that these other places were the last to be put
         into. Raises MemoryError, with nothing taken, when the host has not enough.
         """
-        places: list[Place | None] = [None] * len(sizes)
-        slabs = [slab for slab in self._slabs if not slab.tenants]
-        for slab in slabs:
-            slab.filled = 0
-        slabs += dict.fromkeys(place.slab for place in beside or ())
-        slabs.sort(key=lambda slab: slab.nbytes)  # a large one is for what needs it, as far as there are others
-        total = sum(-(-size // ALIGN) * ALIGN for size in sizes)
-        new = max(0, total - sum(slab.nbytes - slab.filled for slab in slabs))
-        left = self._available()
-        if left is not None and new + RESERVE > left:
-            raise MemoryError(f"{new} bytes more are needed and the host has {max(0, left - RESERVE)} to give")
+        begun = list(dict.fromkeys(place.slab for place in beside or ()))
+        plan = _Plan(sizes, begun, [slab for slab in self._slabs if not slab.tenants])
+        if self._missing(plan):
+            self.trim(plan.used())
+        if self._missing(plan):
+            self.trim()
+            plan = _Plan(sizes, begun, [])
+            missing = self._missing(plan)
+            if missing:
+                raise MemoryError(f"{plan.new()} bytes more are needed and the host has {plan.new() - missing} to give")
         made: list[Slab] = []
         try:
-            for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-                stretch = -(-sizes[index] // ALIGN) * ALIGN
-                roomy = next((slab for slab in slabs if slab.nbytes - slab.filled >= stretch), None)
-                slab = roomy or Slab(max(min(SLAB, _pages(total)), _pages(stretch)))
-                if roomy is None:
-                    made.append(slab)
-                    slabs.insert(0, slab)
-                place = places[index] = Place(slab, slab.filled, sizes[index])
-                slab.filled += stretch
-                if slab.nbytes - slab.filled < ALIGN:
-                    slabs.remove(slab)
-                slab.tenants.add(place)
+            for room in plan.rooms:
+                if room.slab is None:
+                    room.slab = Slab(room.nbytes)
+                    made.append(room.slab)
             self._page_lock(made)
         except (OSError, MemoryError, RuntimeError) as error:
-            self.give_back([place for place in places if place is not None])
             for slab in made:
                 slab.close()
             raise MemoryError(f"the host gives no more memory: {error}") from None
         self._slabs.extend(made)
-        return [place for place in places if place is not None]
+        return plan.carry_out(sizes)
+
+    def _missing(self, plan: _Plan) -> int:
+        """How many bytes the host has too little for the plan, and for what must be left of it."""
+        new = plan.new()
+        left = self._available() if new else None
+        return 0 if left is None else min(new, max(0, new + RESERVE - left))
 
     def _page_lock(self, slabs: list[Slab]) -> None:
         if self._register is None or not slabs:
@@ -191,9 +240,9 @@ class HostPool:
         if not place.slab.tenants:
             self._close(place.slab)
 
-    def trim(self) -> None:
-        """Give back every slab that nothing is in."""
-        for slab in [slab for slab in self._slabs if not slab.tenants]:
+    def trim(self, keep: Collection[Slab] = ()) -> None:
+        """Give back every slab that nothing is in, but for those to keep."""
+        for slab in [slab for slab in self._slabs if not slab.tenants and slab not in keep]:
             self._close(slab)
 
     def trim_if_short(self) -> None:
@@ -208,6 +257,11 @@ class HostPool:
         except ValueError:
             return
         slab.close()
+
+
+def _stretch(nbytes: int) -> int:
+    """The bytes of a slab that a place of this size takes."""
+    return -(-nbytes // ALIGN) * ALIGN
 
 
 def _pages(nbytes: int) -> int:

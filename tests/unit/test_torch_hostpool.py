@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torch")
 
-from acb.hooks.torch.hostpool import HostPool, Place
+from acb.hooks.torch.hostpool import RESERVE, HostPool, Place
 
 MIB = 1 << 20
 
@@ -51,6 +51,79 @@ def test_small_ones_leave_a_large_slab_to_what_needs_it(monkeypatch: pytest.Monk
         held = held or pool.held()
         assert pool.held() == held < 5 * MIB
         pool.give_back(begun + places)
+
+
+class _Host:
+    """A host with so many bytes to give beyond the reserve, of which a pool takes some. `most`: that it ever took."""
+
+    def __init__(self, spare: int) -> None:
+        self.spare = spare
+        self.locked: dict[int, int] = {}
+        self.most = 0
+        self.pool = HostPool(self._lock, lambda address: self.locked.pop(address), self._available)
+
+    def _lock(self, address: int, nbytes: int) -> int:
+        self.locked[address] = nbytes
+        self.most = max(self.most, sum(self.locked.values()))
+        return 0
+
+    def _available(self) -> int:
+        return self.spare + RESERVE - sum(self.locked.values())
+
+
+def test_bytes_free_in_many_slabs_are_no_room_for_one_large_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("acb.hooks.torch.hostpool.SLAB", MIB)
+    host = _Host(8 * MIB)
+    in_use = host.pool.take([MIB] * 2)
+    small = host.pool.take([MIB] * 6)
+    host.pool.give_back(small)
+    with pytest.raises(MemoryError, match=f"{7 * MIB} bytes more are needed and the host has {6 * MIB} to give"):
+        host.pool.take([7 * MIB])
+    assert host.pool.held() == 2 * MIB, "what nothing is in goes back before anything is refused"
+    [large] = host.pool.take([6 * MIB])
+    assert large.nbytes == 6 * MIB
+    assert host.most == 8 * MIB
+    host.pool.give_back([*in_use, large])
+
+
+def test_slabs_that_are_used_again_stay_when_others_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("acb.hooks.torch.hostpool.SLAB", MIB)
+    host = _Host(8 * MIB)
+    before = host.pool.take([MIB] * 8)
+    host.pool.give_back(before)
+    after = host.pool.take([5 * MIB, MIB, MIB])
+    assert {place.slab for place in after[1:]} <= {place.slab for place in before}
+    assert host.most == 8 * MIB
+
+
+def test_a_pool_that_is_large_enough_needs_nothing_of_a_full_host() -> None:
+    host = _Host(MIB)
+    host.pool.give_back(host.pool.take([MIB]))
+    host.spare = -RESERVE
+    assert [place.nbytes for place in host.pool.take([MIB])] == [MIB]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rounds=st.lists(
+        st.tuples(st.lists(st.integers(1, 40_000), max_size=12), st.lists(st.integers(1, 40_000), max_size=12)),
+        max_size=5,
+    ),
+    spare=st.integers(0, 400_000),
+)
+def test_the_host_never_gives_more_than_it_has(rounds: list[tuple[list[int], list[int]]], spare: int) -> None:
+    host = _Host(spare)
+    for first, second in rounds:
+        begun: list[Place] = []
+        rest: list[Place] = []
+        try:
+            begun = host.pool.take(first)
+            rest = host.pool.take(second, begun)
+        except MemoryError:
+            pass
+        assert host.most <= spare
+        assert sum(place.nbytes for place in begun + rest) <= host.pool.held() == sum(host.locked.values())
+        host.pool.give_back(begun + rest)
 
 
 def test_page_locking_is_undone_with_the_slab() -> None:
