@@ -2,6 +2,10 @@
 
 Slabs are anonymous maps registered with the CUDA driver, rather than PyTorch's own pinned allocations: those are
 rounded up to a power of two and never go back to the operating system.
+
+A program whose memory was evacuated may be suspended by the driver, which stops every call of its until it is resumed,
+and only a lease brings that. So what comes from the program's own threads, at any moment, never calls the driver here:
+dropped places wait in a queue for the agent, which has a lease, or is about to move memory for the broker.
 """
 
 from __future__ import annotations
@@ -9,6 +13,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import sys
+from collections import deque
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -43,9 +49,12 @@ class _Map(mmap.mmap):
     def __init__(self, nbytes: int) -> None:
         self.owner = os.getpid()
 
-    def __del__(self, process: Any = os.getpid, keep: Any = ctypes.pythonapi.Py_IncRef) -> None:
+    def __del__(
+        self, process: Any = os.getpid, ends: Any = sys.is_finalizing, keep: Any = ctypes.pythonapi.Py_IncRef
+    ) -> None:
         # In a forked child something else may lie at this address by now, which must not be unmapped with this object.
-        if self.owner not in (None, process()):
+        # At the process's end it may still be page-locked.
+        if self.owner is not None and (process() != self.owner or ends()):
             keep(ctypes.py_object(self))
 
 
@@ -85,9 +94,11 @@ class Slab:
         self.page_locked = False
         self._map = None
 
-    def __del__(self) -> None:
-        # Or else the driver would take this address for page-locked when the next map comes to lie there.
-        self.close()
+    def __del__(self, ends: Any = sys.is_finalizing) -> None:
+        # Or else the driver would take this address for page-locked when the next map comes to lie there. A process
+        # that ends needs nothing, and the driver may have suspended it.
+        if not ends():
+            self.close()
 
 
 class Place:
@@ -160,7 +171,10 @@ class _Plan:
 
 
 class HostPool:
-    """Slabs, reused from one evacuation to the next."""
+    """Slabs, reused from one evacuation to the next.
+
+    All methods but drop() are called by one thread at a time, when the driver may be called.
+    """
 
     def __init__(
         self,
@@ -176,6 +190,7 @@ class HostPool:
         self._unregister = unregister
         self._available = available or available_bytes
         self._slabs: list[Slab] = []
+        self._dropped: deque[Place] = deque()
 
     def anew(self) -> HostPool:
         """An empty pool of the same kind."""
@@ -189,6 +204,7 @@ class HostPool:
         """A place for each size in bytes, in slabs that are empty, or that these other places were the last to be put
         into. Raises MemoryError, with nothing taken, when the host has not enough.
         """
+        self.sweep()
         begun = list(dict.fromkeys(place.slab for place in beside or ()))
         plan = _Plan(sizes, begun, [slab for slab in self._slabs if not slab.tenants])
         if self._missing(plan):
@@ -232,13 +248,19 @@ class HostPool:
             place.slab.tenants.discard(place)
 
     def drop(self, place: Place) -> None:
-        """What was in this place is gone for good, and so is its slab, once nothing else is in it.
+        """What was in this place is gone for good; sweep() will see to the rest.
 
-        May be called by the garbage collector, on any thread, at any moment: takes no lock.
+        May be called by the garbage collector, on any thread, at any moment: takes no lock, and calls no driver.
         """
-        place.slab.tenants.discard(place)
-        if not place.slab.tenants:
-            self._close(place.slab)
+        self._dropped.append(place)
+
+    def sweep(self) -> None:
+        """Give back the slabs in which nothing is any more since it was dropped."""
+        while self._dropped:
+            place = self._dropped.popleft()
+            place.slab.tenants.discard(place)
+            if not place.slab.tenants:
+                self._close(place.slab)
 
     def trim(self, keep: Collection[Slab] = ()) -> None:
         """Give back every slab that nothing is in, but for those to keep."""

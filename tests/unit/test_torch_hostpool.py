@@ -7,7 +7,12 @@ import gc
 import itertools
 import mmap
 import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -152,6 +157,91 @@ def test_page_locking_is_undone_when_the_pool_is_dropped() -> None:
     HostPool(register, lambda address: locked.pop(address)).take([MIB])
     gc.collect()
     assert locked == {}
+
+
+def test_a_process_that_ends_leaves_page_locking_to_the_driver() -> None:
+    """Which may have suspended it, and would never let the call return."""
+    program = """
+        from acb.hooks.torch.hostpool import HostPool
+        pool = HostPool(lambda address, nbytes: 0, lambda address: print("unregistered", flush=True))
+        places = pool.take([1000, 2000])
+        pool.drop(places[0])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_what_is_dropped_goes_back_at_the_next_sweep() -> None:
+    host = _Host(1 << 40)
+    dropped, kept = host.pool.take([MIB]), host.pool.take([MIB])
+    host.pool.drop(dropped[0])
+    assert len(host.locked) == 2
+    host.pool.sweep()
+    assert list(host.locked) == [kept[0].slab.address]
+    assert host.pool.held() == kept[0].slab.nbytes
+
+
+def _interrupted(number: int, work: Callable[[], object], other: Callable[[], object]) -> bool:
+    """Do `work`, with `other` before its line of this number, as if another thread had come; whether it has so many."""
+    before, lines = sys.gettrace(), itertools.count()
+    done: list[None] = []
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        if event == "line" and not done and next(lines) == number:
+            done.append(None)
+            other()
+        return trace
+
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return bool(done)
+
+
+def test_places_may_be_taken_at_any_moment_of_a_drop() -> None:
+    for number in itertools.count():
+        pool = HostPool()
+        [dropped] = pool.take([1000])
+        taken: list[Place] = []
+
+        def take(pool: HostPool = pool, taken: list[Place] = taken) -> None:
+            taken += pool.take([1000])
+            taken[0].storage().fill_(7)
+
+        def drop(pool: HostPool = pool, dropped: Place = dropped) -> None:
+            pool.drop(dropped)
+
+        if not _interrupted(number, drop, take):
+            break
+        pool.sweep()
+        assert taken[0].storage()[999] == 7
+        assert pool.held() == taken[0].slab.nbytes
+    assert number > 0
+
+
+def test_places_may_be_dropped_at_any_moment_of_a_take() -> None:
+    for number in itertools.count():
+        pool = HostPool()
+        empty, dropped, taken = pool.take([1000]), pool.take([5000]), []
+        pool.give_back(empty)
+
+        def take(pool: HostPool = pool, taken: list[Place] = taken) -> None:
+            taken += pool.take([1000, 5000, 2000])
+
+        def drop(pool: HostPool = pool, dropped: list[Place] = dropped) -> None:
+            pool.drop(dropped[0])
+
+        if not _interrupted(number, take, drop):
+            break
+        for place in taken:
+            place.storage().fill_(7)
+        pool.sweep()
+        assert pool.held() == sum({place.slab: place.slab.nbytes for place in empty + taken}.values())
+        assert all(place.storage()[place.nbytes - 1] == 7 for place in taken)
+    assert number > 10
 
 
 def test_memory_that_cannot_be_page_locked_is_used_as_it_is() -> None:
