@@ -5,8 +5,8 @@ interpreter's lock, no thread of the program runs any more, the agent's neither,
 broker pings such clients. One that is silent, although it is neither stopped nor short of a CPU, and that computes
 nothing, is taken to be blocked there, which counts as asking. A mistake costs a swap.
 
-Not seen: a blocked call that has let the lock go, for the agent answers then, and a program whose other threads compute
-on without the lock, as long as they do.
+Not seen: a blocked call that has let the lock go, for the agent answers then (and asks by itself, if it knows of the
+call: acb.client.outside), and a program whose other threads compute on without the lock, as long as they do.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from acb.client import visible
 from acb.client.connection import Connection
 from acb.client.hello import hello
 from acb.client.memory import Memory, Moved
+from acb.client.outside import Outside
 from acb.client.refusal import refused
 from acb.client.room import Room
 from acb.client.trace import Trace
@@ -81,6 +82,7 @@ class Agent:
         self.lease = False
         self.beside = 0
         """Bytes of others' memory on the GPU, as of the last grant, that could make way for more of ours."""
+        self.outside = Outside()
         self._evacuators = evacuators
         self._name = name
         self._simulated = simulated
@@ -117,10 +119,7 @@ class Agent:
                 return  # it was opened while this thread waited for the lock
             if self._finishing:
                 raise refused("the interpreter is ending: it is too late to get the GPU back")
-            if not self._wanted:
-                self._wanted = True
-                if not self.lease:
-                    self._trace.change("waiting", "GPU entry")
+            self._want("GPU entry")
             if self._thread is None:
                 self._start()
             self._request()
@@ -337,6 +336,9 @@ class Agent:
             self._room.answered(message)
         elif isinstance(message, Ping):
             self._connection.send(Pong())
+            if self.outside.stuck() and not self.lease:
+                self._want("blocked in the driver")
+                self._request()
         elif isinstance(message, Welcome):
             self._welcome(message)
         elif isinstance(message, Refused):
@@ -377,6 +379,13 @@ class Agent:
             self._refusal = message.reason
             self.gate.refuse()
 
+    def _want(self, cause: str) -> None:
+        """From now on a lease is wanted, if none is held."""
+        if not self._wanted:
+            self._wanted = True
+            if not self.lease:
+                self._trace.change("waiting", cause)
+
     def _request(self) -> None:
         """Ask for a lease if one is wanted and has not been asked for."""
         if self._wanted and self._connection.welcomed and not self.lease and not self._requested:
@@ -394,7 +403,7 @@ class Agent:
         self.lease, self._requested = True, False
         self._memory.granted()
         self._yielding.granted()
-        self._need = 0
+        self._need, self._refusal = 0, ""
         self._say_at = time.monotonic() + HEARTBEAT
         if not self._simulated and grant.visible:
             visible.bind(grant.visible)  # without effect, and without harm, once CUDA has started

@@ -39,6 +39,7 @@ class Client:
         self.agent = Agent(self.evacuators, name=_program_name(), simulated=self.simulated is not None)
         self.gate = Gate(self.agent.ask, self.agent.idle, self.agent.listen)
         self.agent.gate = self.gate
+        self.outside = self.agent.outside
         if not self.gating:
             self.gate.open()
 

@@ -9,7 +9,8 @@ So until this process is bound,
 - the few that ask whether something has happened on the device yet are answered "no".
 
 Once it is bound all is PyTorch's own, ordinals beyond the last GPU and their errors too. Pinned memory passes the gate
-only once, for it lies on the host. Not for the simulated GPU, which has no context to start.
+only once, for it lies on the host: a data loader pins in CPU phases, too, and must not fetch the GPU for that. (What
+happens then in a suspended program: acb.client.outside.) Not for the simulated GPU, which has no context to start.
 """
 
 from __future__ import annotations
@@ -58,6 +59,16 @@ def _answered(original: Any, answer: Callable[[], Any]) -> Any:
         return answer() if unbound() else original(*args, **kwargs)
 
     return answered
+
+
+def _outside(original: Any) -> Any:
+    """`original`, a call of the driver outside regions that lets the interpreter's lock go."""
+
+    @functools.wraps(original)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        return runtime.client().outside.run(original, *args, **kwargs)
+
+    return noted
 
 
 def _count() -> int:
@@ -115,8 +126,8 @@ def patch_accelerator(patches: Patches) -> None:
 def patch_pinned_memory(patches: Patches) -> None:
     """The first pinned buffer starts CUDA. (Those of factories, ``torch.empty(pin_memory=True)``: see `devices`.)"""
     kind: Any = torch.Tensor
-    patches.replace(kind, "pin_memory", _binding)
-    patches.replace(kind, "is_pinned", lambda original: _answered(original, lambda: False))
+    patches.replace(kind, "pin_memory", lambda original: _binding(_outside(original)))
+    patches.replace(kind, "is_pinned", lambda original: _answered(_outside(original), lambda: False))
 
 
 class _GeneratorType(type):

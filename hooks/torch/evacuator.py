@@ -46,7 +46,7 @@ class _Parked:
 
 
 def _dropped(pool: HostPool, place: Place, _: Any) -> None:
-    """The program has dropped an evacuated storage: nobody will want its bytes."""
+    """The program has dropped an evacuated storage: nobody will want its bytes. On any thread, without a lease."""
     pool.drop(place)
 
 
@@ -219,6 +219,7 @@ class TorchEvacuator:
     def restore(self, limit: int | None = None) -> int:
         """See acb.client.evacuation.Evacuator."""
         moved, failure = self._move_in(self._parked, limit)
+        self._pool.sweep()
         if failure is not None:
             left = sum(parked.nbytes for parked in self._parked)
             raise MemoryError(f"the GPU has no room for {left} bytes of PyTorch's: {failure}")

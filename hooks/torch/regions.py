@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from acb.client import visible
+from acb.client import runtime, visible
 from acb.client.gate import MIN_GAP, Gate, ThreadState
 from acb.hooks.torch import devices, memory
 from acb.hooks.torch.devices import HOST_ONLY, operation_touches, runs_foreign_code, touches
@@ -69,7 +69,11 @@ class Sentinel(TorchFunctionMode):  # type: ignore[misc]
             or operation_touches(func, args, kwargs)
             or (types and _used and runs_foreign_code(types))
         ):
-            return func(*args, **kwargs) if kwargs else func(*args)
+            if not kwargs:
+                return func(*args)
+            if "pin_memory" in kwargs:
+                return runtime.client().outside.run(func, *args, **kwargs)
+            return func(*args, **kwargs)
         # From here on this is Gate.enter() and Gate.exit() written out, for an open gate that nobody waits at; what
         # they count about gaps between regions, operations between two regions need not tell.
         _used = True

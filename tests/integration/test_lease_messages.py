@@ -473,6 +473,38 @@ def test_a_program_that_can_run_answers_a_ping_with_and_without_the_lease(site: 
     assert program.finish() == 0, program.errors
 
 
+def test_a_call_of_the_drivers_that_lasts_from_ping_to_ping_asks_for_the_lease(site: Site, broker: FakeBroker) -> None:
+    program = evacuated(site, broker)
+    fifo = site.log / "driver"
+    os.mkfifo(fifo)
+    descriptor = os.open(fifo, os.O_RDWR)
+    try:
+        for _ in range(2):  # each of its own: the driver lets them go
+            program.begin("read_outside", str(fifo))
+            program.holds_at("outside")
+            broker.send(Ping())
+            assert broker.receive() == Pong()
+            os.write(descriptor, b"x")
+            assert program.end("read_outside") == 1
+        assert broker.silent()
+        program.begin("read_outside", str(fifo))
+        program.holds_at("outside")
+        for answer in ([Pong()], [Pong(), Request()], [Pong()]):
+            broker.send(Ping())
+            assert [broker.receive() for _ in answer] == answer
+        broker.send(GRANT)
+        assert isinstance(broker.receive(), Restored)
+        os.write(descriptor, b"x")
+        assert program.end("read_outside") == 1
+    finally:
+        os.close(descriptor)
+    broker.send(Revoke(0.0))
+    gave = broker.receive()
+    assert isinstance(gave, Yield)
+    assert not gave.wants
+    assert program.finish() == 0, program.errors
+
+
 def test_a_lease_that_nobody_asked_for_is_given_back_like_any_other(site: Site, broker: FakeBroker) -> None:
     """As after a mistake about a program that seemed to be blocked in the driver."""
     program = evacuated(site, broker)

@@ -15,13 +15,15 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from acb.client import runtime  # noqa: E402
-from acb.hooks.torch import binding, patching  # noqa: E402
+from acb.client.gate import ThreadState  # noqa: E402
+from acb.client.outside import Outside  # noqa: E402
+from acb.hooks.torch import binding, patching, regions  # noqa: E402
 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """An unbound process that is to see two GPUs: how often CUDA was started, and the warnings."""
-    state = SimpleNamespace(starts=0, warnings=[], client=SimpleNamespace(count=2, bound=False))
+    state = SimpleNamespace(starts=0, warnings=[], client=SimpleNamespace(count=2, bound=False, outside=Outside()))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("ACB_SIMULATED", raising=False)
 
@@ -83,6 +85,43 @@ def test_pinned_memory_and_generators_bind_the_process_first(cuda: SimpleNamespa
     assert cuda.starts == 1
     attempt(call)
     assert cuda.starts == 1
+
+
+@pytest.mark.parametrize("name", ["pin_memory", "is_pinned"])
+def test_a_call_for_pinned_memory_that_never_returns_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = SimpleNamespace(count=2, bound=True, outside=Outside())
+    pings: list[bool] = []
+
+    def blocked(tensor: Any) -> Any:
+        pings.extend(client.outside.stuck() for _ in range(3))
+        return tensor
+
+    monkeypatch.setattr(runtime, "client", lambda: client)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.Tensor, name, blocked)
+    patches = patching.Patches()
+    patching.apply(patches, [binding.patch_pinned_memory], lambda *said: pytest.fail(str(said)))
+    try:
+        getattr(torch.zeros(2), name)()
+        assert pings == [False, True, True]
+        getattr(torch.zeros(2), name)()
+        assert pings[3:] == [False, True, True], "it is another call"
+    finally:
+        patches.undo()
+    assert not client.outside.stuck()
+
+
+def test_a_pinned_factory_that_never_returns_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = SimpleNamespace(outside=Outside())
+    monkeypatch.setattr(runtime, "client", lambda: client)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+
+    def blocked(*args: Any, **kwargs: Any) -> list[bool]:
+        return [client.outside.stuck() for _ in range(2)]
+
+    sentinel = regions.Sentinel(ThreadState())
+    assert sentinel.__torch_function__(blocked, (), (3,), {"pin_memory": True}) == [False, True]
+    assert sentinel.__torch_function__(blocked, (), (3,), {"dtype": torch.float32}) == [False, False]
 
 
 def test_with_every_gpu_hidden_nothing_binds(cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -586,8 +586,16 @@ def test_what_is_copied_ahead_is_what_is_there_now(card: Card, monkeypatch: pyte
     assert [int(tensor[0].item()) for tensor in kept] == [7, 1, 3, 9]
 
 
-def test_what_is_dropped_while_evacuated_frees_its_host_memory(card: Card) -> None:
-    evacuator = TorchEvacuator()
+@pytest.mark.parametrize("next_move", ["restore", "evacuate"])
+def test_what_is_dropped_while_evacuated_frees_its_host_memory_at_the_next_move(card: Card, next_move: str) -> None:
+    """Not at once: without a lease the driver may have suspended the program, and page-locking is undone by a call."""
+    undone: list[str] = []
+
+    def unregister(address: int) -> int:
+        undone.append(threading.current_thread().name)
+        return 0
+
+    evacuator = TorchEvacuator(HostPool(lambda address, nbytes: 0, unregister))
     kept = torch.arange(10.0, device="cuda")
     model = nn.Linear(512, 512).cuda()
     gone = weakref.ref(model.weight)
@@ -596,7 +604,10 @@ def test_what_is_dropped_while_evacuated_frees_its_host_memory(card: Card) -> No
     del kept, model
     gc.collect()
     assert gone() is None
+    assert undone == []
+    assert on_own_thread(getattr(evacuator, next_move)) == 0
     assert evacuator._pool.held() == 0
+    assert set(undone) == {"acb-test"}
     assert on_own_thread(evacuator.restore) == 0
     assert card.held() == 0
 

@@ -352,6 +352,18 @@ def read_in_c(fifo: str) -> int:
     return ctypes.PyDLL(None).read(descriptor, ctypes.create_string_buffer(1), 1)
 
 
+def read_outside(fifo: str) -> int:
+    """A noted call that lets the interpreter's lock go, as page-locking does; how many bytes came."""
+    descriptor = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(descriptor, True)
+
+    def read() -> int:
+        say(step="outside")
+        return len(os.read(descriptor, 1))
+
+    return runtime.client().outside.run(read)
+
+
 def nothing() -> None:
     pass
 
