@@ -46,7 +46,8 @@ class Hello(Message):
     to be the gang's size. `gpu` is the ordinal of the GPU that the client is bound to,
     -1: none yet; of a client of several, the first, and `gpus` has all, as in Grant. Sizes are bytes on one GPU; of a
     client of several GPUs, on the fullest. What is learned is kept by `program`, else by the name: two programs of one
-    file name need not be alike. `chosen`: the user has said which GPU, and it is to be no other.
+    file name need not be alike. `arguments` is a digest of the command line's, on which the need of memory may depend.
+    `chosen`: the user has said which GPU, and it is to be no other.
     """
 
     type: ClassVar[str] = "hello"
@@ -67,6 +68,7 @@ class Hello(Message):
     gang_size: int = 0
     rank: int = 0
     program: str = ""
+    arguments: str = ""
     chosen: bool = False
 
 

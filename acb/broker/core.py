@@ -234,7 +234,7 @@ class Broker:
         if client_id in self.clients:
             self._send(client_id, Refused("a second hello on one connection"))
             return
-        profile = Profile(self.programs[hello.program or hello.name])
+        profile = Profile(self.programs[hello.program or hello.name], hello.arguments)
         client = Client(client_id, hello.pid, hello.name, profile, max(0, hello.memory_hint), chosen=hello.chosen)
         client.came_at = client.yielded_at = now
         self.clients[client_id] = client

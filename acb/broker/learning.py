@@ -27,6 +27,9 @@ SPREAD = 1.1
 PROGRAMS = 500
 """So many programs are remembered, those seen last."""
 
+COMMANDS = 32
+"""So many command lines of a program are remembered, those that ended last."""
+
 
 class Samples:
     """The last SAMPLES values, also in order."""
@@ -67,20 +70,26 @@ class Samples:
 
 
 class Profile:
-    """Of one program, or of one client, which falls back on its program's where it knows too little."""
+    """Of one program, or of one client, which falls back on its program's where it knows too little.
 
-    __slots__ = ("gaps", "peaks", "phases", "program", "swaps")
+    What a program needs depends on its input, so peaks are kept by command line: another one may need far more, and
+    would run out of memory in the midst of a computation beside others who could have made way before.
+    """
 
-    FIELDS = ("phases", "gaps", "peaks", "swaps")
+    __slots__ = ("arguments", "gaps", "peaks", "phases", "program", "swaps")
 
-    def __init__(self, program: Profile | None = None) -> None:
+    FIELDS = ("phases", "gaps", "swaps")
+
+    def __init__(self, program: Profile | None = None, arguments: str = "") -> None:
+        """`arguments`: of a client, a digest of its command line's."""
         self.program = program
+        self.arguments = arguments
         self.phases = Samples()
         """Seconds of its GPU phases."""
         self.gaps = Samples()
         """Seconds between a lease given back and the next request."""
-        self.peaks = Samples()
-        """Of a program: the most bytes of each run, once that has settled."""
+        self.peaks: dict[str, Samples] = {}
+        """Of a program: the most bytes of each run, once that has settled, by its arguments."""
         self.swaps = Samples()
         """Seconds a byte, out and in again."""
 
@@ -98,8 +107,9 @@ class Profile:
         return None if rate is None else rate * nbytes
 
     def peak_bytes(self) -> int | None:
-        """What a run of the program needs, without margin; None: unknown, or its runs differ."""
-        most, least = self._estimate("peaks", 99), self._estimate("peaks", 1)
+        """What a run of the program with these arguments needs, without margin; None: unknown, or its runs differ."""
+        runs = self.program.peaks.get(self.arguments, Samples()) if self.program is not None else Samples()
+        most, least = runs.percentile(99), runs.percentile(1)
         return None if most is None or least is None or most > SPREAD * least else int(most)
 
     def share(self) -> float | None:
@@ -123,8 +133,18 @@ class Profile:
         self._add("gaps", seconds)
 
     def settled(self, peak: int) -> None:
-        """A run of the program needs so many bytes, it seems."""
-        self._add("peaks", peak)
+        """This run of the client's program needs so many bytes, it seems."""
+        if self.program is not None:
+            self.program.add_peaks(self.arguments, [peak])
+
+    def add_peaks(self, arguments: str, peaks: Iterable[float]) -> None:
+        """Of a program: runs with these arguments have needed so many bytes."""
+        runs = self.peaks.pop(arguments, None) or Samples()
+        self.peaks[arguments] = runs
+        for peak in peaks:
+            runs.add(peak)
+        while len(self.peaks) > COMMANDS:
+            del self.peaks[next(iter(self.peaks))]
 
     def _add(self, what: str, value: float) -> None:
         getattr(self, what).add(value)
@@ -152,10 +172,11 @@ class Programs:
             del self._profiles[next(iter(self._profiles))]
         return profile
 
-    def to_json(self) -> dict[str, dict[str, list[float]]]:
+    def to_json(self) -> dict[str, dict[str, Any]]:
         """All of it, for a file."""
         return {
             name: {field: list(getattr(profile, field)) for field in Profile.FIELDS}
+            | {"peaks": {arguments: list(runs) for arguments, runs in profile.peaks.items()}}
             for name, profile in self._profiles.items()
         }
 
@@ -166,7 +187,15 @@ class Programs:
                 continue
             profile = self[str(name)]
             for field in Profile.FIELDS:
-                values = fields.get(field)
-                for value in values if isinstance(values, list) else ():
-                    if isinstance(value, (int, float)) and 0 <= value < 1e18:
-                        getattr(profile, field).add(float(value))
+                for value in _numbers(fields.get(field)):
+                    getattr(profile, field).add(value)
+            commands = fields.get("peaks")
+            for arguments, peaks in commands.items() if isinstance(commands, dict) else ():
+                profile.add_peaks(arguments, _numbers(peaks))
+
+
+def _numbers(found: object) -> Iterable[float]:
+    """What makes sense of a list in the file."""
+    for value in found if isinstance(found, list) else ():
+        if isinstance(value, (int, float)) and 0 <= value < 1e18:
+            yield float(value)

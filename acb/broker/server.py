@@ -59,6 +59,9 @@ NAME_LENGTH = 64
 PROGRAM_LENGTH = 500
 """Characters, the last ones, of the path by which a program is remembered."""
 
+ARGUMENTS_LENGTH = 16
+"""Characters of what tells its command lines apart."""
+
 LAST_WORDS = 16
 """Packets that the broker still takes from each client when it ends."""
 
@@ -393,7 +396,8 @@ class Server:
                 self._finish_former(connection)
                 # What the kernel says counts, also where the peer lives in another pid namespace.
                 name, program = report.printable(message.name[:NAME_LENGTH]), message.program[-PROGRAM_LENGTH:]
-                message = replace(message, pid=connection.pid, name=name, program=program)
+                arguments = message.arguments[:ARGUMENTS_LENGTH]
+                message = replace(message, pid=connection.pid, name=name, program=program, arguments=arguments)
                 kept = self._journal.suspended(connection.pid) if self._driver is not None else None
             else:
                 message = self._corrected(connection, message)

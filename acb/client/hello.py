@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import binascii
 import os
 import sys
 from typing import Any
@@ -31,6 +32,7 @@ def hello(name: str, gpu: int | None, gpus: tuple[int, ...], memory: Memory, *, 
         evacuated=memory.evacuated,
         peak=memory.last_peak if gpu is not None else 0,
         program=_program(),
+        arguments=_arguments(),
         **wishes.of_this_process()._asdict(),
     )
 
@@ -54,6 +56,12 @@ def _program() -> str:
     if os.environ.get("ACB_NAME") or not os.path.isfile(file):
         return ""
     return os.path.abspath(file).encode("utf-8", "replace").decode()
+
+
+def _arguments() -> str:
+    """A short digest of what stands behind the program on its command line."""
+    text = "\0".join((getattr(sys, "argv", None) or ())[1:])
+    return f"{binascii.crc32(text.encode('utf-8', 'replace')):08x}"
 
 
 def _hint() -> int:

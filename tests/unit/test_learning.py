@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from acb.broker.history import History
-from acb.broker.learning import ENOUGH, PROGRAMS, SAMPLES, Profile, Programs, Samples
+from acb.broker.learning import COMMANDS, ENOUGH, PROGRAMS, SAMPLES, Profile, Programs, Samples
 
 
 @given(st.lists(st.floats(0, 1e6), max_size=150), st.floats(0, 100))
@@ -43,10 +43,30 @@ def test_a_client_goes_by_its_own_samples_once_it_has_enough() -> None:
 def test_runs_whose_peaks_differ_say_nothing_of_the_next() -> None:
     program = Profile()
     for peak in (100, 105, 102):
-        program.settled(peak)
-    assert program.peak_bytes() == 105
-    program.settled(300)
-    assert program.peak_bytes() is None
+        Profile(program, "a").settled(peak)
+    assert Profile(program, "a").peak_bytes() == 105
+    Profile(program, "a").settled(300)
+    assert Profile(program, "a").peak_bytes() is None
+
+
+def test_another_command_line_may_need_more() -> None:
+    program = Profile()
+    for _ in range(ENOUGH):
+        Profile(program, "small").settled(100)
+    assert Profile(program, "small").peak_bytes() == 100
+    assert Profile(program, "large").peak_bytes() is None
+
+
+def test_command_lines_that_ended_long_ago_are_forgotten() -> None:
+    program = Profile()
+    for number in range(COMMANDS + 1):
+        for _ in range(ENOUGH):
+            Profile(program, str(number)).settled(number)
+            Profile(program, "always").settled(7)
+    assert Profile(program, "0").peak_bytes() is None
+    assert Profile(program, str(COMMANDS)).peak_bytes() == COMMANDS
+    assert Profile(program, "always").peak_bytes() == 7
+    assert len(program.peaks) == COMMANDS
 
 
 def test_swaps_are_learned_a_byte() -> None:
@@ -60,8 +80,8 @@ def test_swaps_are_learned_a_byte() -> None:
 def test_programs_seen_least_recently_are_forgotten() -> None:
     programs = Programs()
     for number in range(PROGRAMS + 5):
-        programs[f"p{number}"].settled(1)
-        programs["always"].settled(1)
+        programs[f"p{number}"].phase(1)
+        programs["always"].phase(1)
     kept = programs.to_json()
     assert len(kept) == PROGRAMS
     assert "always" in kept
@@ -72,13 +92,13 @@ def test_what_was_learned_outlives_the_broker(tmp_path: Path) -> None:
     file = tmp_path / "state" / "programs.json"
     first = History(file)
     for _ in range(3):
-        first.programs["fold"].settled(500)
+        Profile(first.programs["fold"], "a").settled(500)
         first.programs["fold"].phase(1.0)
         first.programs["fold"].gap(3.0)
     first.client_ended()
     first.save()
     second = History(file)
-    assert second.programs["fold"].peak_bytes() == 500
+    assert Profile(second.programs["fold"], "a").peak_bytes() == 500
     assert second.programs["fold"].share() == 0.25
     assert [path.name for path in file.parent.iterdir()] == ["programs.json"]
 
@@ -95,7 +115,9 @@ def test_two_brokers_keep_what_each_has_learned(tmp_path: Path) -> None:
     assert set(json.loads(file.read_text())) == {"a", "b"}
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"a": 3}', '{"a": {"phases": ["x", -1, 1e300]}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "content", ["", "[1]", '{"a": 3}', '{"a": {"phases": ["x", -1, 1e300]}}', "[" * 100_000, '{"a": {"peaks": [1]}}']
+)
 def test_a_file_that_makes_no_sense_costs_nothing(tmp_path: Path, content: str) -> None:
     file = tmp_path / "programs.json"
     file.write_text(content)
