@@ -317,11 +317,14 @@ class Broker:
             client.profile.phase(client.phase_seconds)
             client.phase_seconds = 0.0
             self.scheduler.weigh(unit)
-        before = client.peak
         self._partly_back(client, message.resident)
         self._room.measure(client, message.resident, message.peak)
         self._room.settle(client)
-        client.steady = client.steady + 1 if client.peak <= before else 0
+        if client.peak > client.peak_before:
+            client.surprises += self._room.settled(client)
+            client.steady = 0
+        else:
+            client.steady += 1
         if client.steady == STEADY:
             client.profile.settled(client.peak)
         if client.room_wanted:

@@ -25,6 +25,7 @@ class Leases:
         client.headroom = min([min(self._room.want(client, gpu), self._room.free(gpu, client)) for gpu in gpus])
         client.waiting, client.lease, client.emptied = False, True, False
         client.granted_at = client.started_at = now
+        client.peak_before = client.peak
         self._room.settle(client)
         for gpu in gpus:
             gpu.holders.add(client.id)
@@ -91,6 +92,7 @@ class Leases:
             for gpu in unit.gpus:
                 gpu.units.append(unit)
         client.lease, client.granted_at, client.started_at = True, now, now
+        client.peak_before = client.peak
         for gpu in client.gpus:
             gpu.holders.add(client.id)
         self.widen(client, None if alone else max(client.resident, client.peak))

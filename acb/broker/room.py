@@ -12,10 +12,12 @@ from acb.protocol import Evacuate, Message
 STEADY = 3
 """So many leases in a row without a new peak, and a client's peak is believed to be the most it needs.
 
-A program's first phases often only load its model. Room that is found short in the middle of a computation cannot be
-asked for then, so until the peak has settled the client gets the whole GPU.
+A program's first phases often only load its model. Room that is found short in the middle of a computation can hardly
+be asked for then, so until the peak has settled the client gets the whole GPU; each surprise doubles that time.
 """
 
+MAX_SURPRISES = 10
+"""More make no difference: after a thousand steady leases anybody is believed."""
 
 PIECES = 8
 """Into so many pieces a client's memory is divided when somebody else's comes in behind it: of the time that copying
@@ -115,7 +117,7 @@ class Room:
         staying = unmovable if 2 * unmovable <= gpu.capacity else 0
         left_behind = gpu.left_behind - own[1] + staying
         peak = client.peak
-        if not (client.hint or client.need or client.steady >= STEADY):
+        if not (client.hint or client.need or self.settled(client)):
             known = client.profile.peak_bytes()
             if known is None or known < peak:
                 return gpu.capacity - left_behind
@@ -128,6 +130,11 @@ class Room:
             staying += sum([other.resident for other in others if other.emptied and not other.lease])
             most = max(most, min(gpu.capacity - staying, floor))
         return min(most, max(floor, int(peak * MARGIN)))
+
+    @staticmethod
+    def settled(client: Client) -> bool:
+        """Whether the client's peak is believed to be the most it needs."""
+        return client.steady >= STEADY << min(client.surprises, MAX_SURPRISES)
 
     @staticmethod
     def floor(client: Client) -> int:

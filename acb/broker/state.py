@@ -121,8 +121,12 @@ class Client:
     resident: int = 0
     evacuated: int = 0
     peak: int = 0
+    peak_before: int = 0
+    """As it was when the lease was granted."""
     steady: int = 0
     """Leases in a row without a new peak."""
+    surprises: int = 0
+    """How often a peak that was believed has been exceeded."""
     measured: bool = False
     """Whether it has said what it holds."""
     booked: tuple[int, int, int] = (0, 0, 0)

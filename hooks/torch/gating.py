@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from acb.hooks.torch import devices, reach, regions
+from acb.hooks.torch import devices, layers, memory, reach, regions
 from acb.hooks.torch.devices import touches
+from acb.hooks.torch.memory import OutOfMemoryError
 from acb.hooks.torch.patching import Patches
 from acb.hooks.torch.regions import gated, here, run, run_watched
 
@@ -78,7 +79,10 @@ def _outermost_call(module: Any, args: Any, kwargs: Any) -> Any:
 
 
 def patch_module_call(patches: Patches) -> None:
-    """Module.__call__: inside a region one look at the thread's depth, and no further frame on the stack."""
+    """Module.__call__: inside a region one look at the thread's depth, and no further frame on the stack.
+
+    Inside or not, a layer that runs out of memory is called again once there is room.
+    """
     original = Module._wrapped_call_impl
     if Module.__call__ is not original or original.__code__.co_names != ("_compiled_call_impl", "_call_impl"):
         _wrap_module_call(patches)
@@ -86,13 +90,25 @@ def patch_module_call(patches: Patches) -> None:
 
     @functools.wraps(original)
     def _wrapped_call_impl(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if here.state.depth:
-            if self._compiled_call_impl is not None:
-                return self._compiled_call_impl(*args, **kwargs)
-            return self._call_impl(*args, **kwargs)
-        return _outermost_call(self, args, kwargs)
+        try:
+            if here.state.depth:
+                if self._compiled_call_impl is not None:
+                    return self._compiled_call_impl(*args, **kwargs)
+                return self._call_impl(*args, **kwargs)
+            return _outermost_call(self, args, kwargs)
+        except OutOfMemoryError:
+            if not layers.repeatable(self):
+                raise
+        return _again(self._call_impl, args, kwargs)
 
     _set_module_call(patches, _wrapped_call_impl)
+
+
+def _again(implementation: Any, args: Any, kwargs: Any) -> Any:
+    """A layer's call once more, in the region in which it failed, or in one of its own."""
+    if here.state.depth:
+        return memory.with_room(implementation, args, kwargs, amid=True)
+    return run(implementation, args, kwargs, retried=True)
 
 
 def _wrap_module_call(patches: Patches) -> None:
@@ -101,9 +117,14 @@ def _wrap_module_call(patches: Patches) -> None:
 
     @functools.wraps(original)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if here.state.depth or not module_touches((self, *args), kwargs):
-            return original(self, *args, **kwargs)
-        return run(original, (self, *args), kwargs)
+        try:
+            if here.state.depth or not module_touches((self, *args), kwargs):
+                return original(self, *args, **kwargs)
+            return run(original, (self, *args), kwargs)
+        except OutOfMemoryError:
+            if not layers.repeatable(self):
+                raise
+        return _again(original, (self, *args), kwargs)
 
     _set_module_call(patches, __call__)
 

@@ -1,4 +1,4 @@
-"""Out of memory: calls that are safe to repeat ask the broker for room and are tried again."""
+"""Out of memory: calls that are safe to repeat (see also `layers`) ask the broker for room and are tried again."""
 
 from __future__ import annotations
 
@@ -61,23 +61,33 @@ def more_room(nbytes: int) -> bool:
     return client().more_room(nbytes)
 
 
-def with_room(func: Any, args: Any, kwargs: Any) -> Any:
-    """Call `func`, inside a region; on out-of-memory make room and call it again, at most TRIES times."""
+def beside() -> int:
+    """Bytes of others' memory that could make way; a seam for tests."""
+    from acb.client.runtime import client
+
+    return client().beside
+
+
+def with_room(func: Any, args: Any, kwargs: Any, *, amid: bool = False) -> Any:
+    """Call `func`, inside a region; on out-of-memory make room and call it again, at most TRIES times.
+
+    `amid` a computation whose next steps may want more, and cannot be repeated: everybody else is to make way.
+    """
     for _ in range(TRIES):
         try:
             return func(*args, **kwargs)
         except OutOfMemoryError as error:
             nbytes = wanted_bytes(error)
         # The error is gone here, and with it the failed call's frames and the memory that they held.
-        if not _make_room(nbytes):
+        if not _make_room(nbytes, amid):
             break
     return func(*args, **kwargs)  # its error, if any, is the program's own
 
 
-def _make_room(nbytes: int) -> bool:
+def _make_room(nbytes: int, amid: bool) -> bool:
     """Give back what the allocator caches and ask for `nbytes` more; a failure to ask is a no."""
     try:
         torch.cuda.empty_cache()
-        return more_room(nbytes)
+        return (amid and beside() > nbytes and more_room(beside())) or more_room(nbytes)
     except Exception:
         return False

@@ -9,8 +9,17 @@ from broker_harness import Site
 pytestmark = pytest.mark.timeout(300)
 
 
-@pytest.mark.parametrize(("framework", "error"), [("torch", "OutOfMemoryError"), ("jax", "RESOURCE_EXHAUSTED")])
-def test_out_of_memory_others_make_room_and_the_call_is_repeated(site: Site, framework: str, error: str) -> None:
+@pytest.mark.parametrize(
+    ("framework", "how", "error"),
+    [
+        ("torch", "put", "OutOfMemoryError"),
+        ("torch", "forward", "OutOfMemoryError"),
+        ("jax", "put", "RESOURCE_EXHAUSTED"),
+    ],
+)
+def test_out_of_memory_others_make_room_and_the_call_is_repeated(
+    site: Site, framework: str, how: str, error: str
+) -> None:
     site.start("1x96MiB", "--driver-tier", "off", "--quantum", "0")
     filler = users.start(site, "torch")
     filler.do("fill", 64 * site.unit)  # whatever the GPU's size
@@ -19,7 +28,7 @@ def test_out_of_memory_others_make_room_and_the_call_is_repeated(site: Site, fra
     short = users.start(site, framework, "--gpu-memory", str(site.unit))
     short.do("touch")
     assert site.wait_for(resident, "resident")["evacuated"] == 0
-    errors = short.do("put", "put", 30 * site.unit)
+    errors = short.do(how, "put", 30 * site.unit)
     assert site.wait_for(resident, "evacuated")["evacuated"] >= 36 * site.unit
     if framework == "torch":
         assert errors > 0, "PyTorch was never out of memory: nothing was tried"

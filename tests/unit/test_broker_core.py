@@ -19,6 +19,7 @@ from acb.protocol import (
     Grant,
     Headroom,
     Hello,
+    Holds,
     Message,
     MoreRoom,
     Refused,
@@ -592,6 +593,23 @@ def test_a_peak_is_believed_only_when_it_has_settled() -> None:
         headrooms.append(grant.headroom)
         broker.handle(1, Yield(50, peak), 0.0)
     assert headrooms == [CAPACITY, CAPACITY, CAPACITY, CAPACITY, CAPACITY, 330]
+
+
+def test_a_peak_that_was_exceeded_is_believed_later_each_time() -> None:
+    broker = _broker(1)
+
+    def leases_until_believed(peak: int) -> int:
+        for count in range(100):
+            [(_, grant)] = broker.handle(1, Request(), 0.0)
+            assert isinstance(grant, Grant)
+            if count and grant.headroom < CAPACITY:
+                broker.handle(1, Yield(50, peak), 0.0)
+                return count
+            broker.handle(1, Holds(50, peak), 0.0)  # heard of before the lease is over
+            broker.handle(1, Yield(50, peak), 0.0)
+        pytest.fail("never")
+
+    assert [leases_until_believed(peak) for peak in (100, 200, 300, 400)] == [4, 7, 13, 25]
 
 
 def test_a_request_that_no_gpu_can_hold_is_refused_with_the_sizes() -> None:

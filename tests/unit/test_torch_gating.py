@@ -595,6 +595,88 @@ def test_only_what_changes_nothing_is_repeated(
     assert memory.repeatable(*seen[-1]) is safe
 
 
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_layer_in_the_midst_of_a_forward_is_called_again_when_everybody_has_made_way(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch, wrapped: bool
+) -> None:
+    from acb.hooks.torch import memory
+
+    wanted: list[int] = []
+    monkeypatch.setattr(memory, "more_room", lambda nbytes: wanted.append(nbytes) is None)
+    monkeypatch.setattr(memory, "beside", lambda: 1 << 30)
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Sequential(nn.Identity(), layer), nn.ReLU()) if wrapped else layer
+    x = torch.ones(2, 4)
+    expected = model(x)
+    _run_out(monkeypatch, 2)
+    assert torch.equal(model(x), expected)
+    assert wanted == ([1 << 30] if wrapped else [(2 << 20) + 1])
+    assert not gate.busy()
+
+
+def _run_out(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
+    """Have linear layers run out of memory so many times; what is left of them."""
+    original, left = F.linear, [times]
+
+    def linear(*args: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0")
+        return original(*args)
+
+    monkeypatch.setattr(F, "linear", linear)
+    return left
+
+
+def _hooked(layer: Any) -> Any:
+    layer.register_forward_hook(lambda *_: None)
+    return layer
+
+
+class OwnLinear(nn.Linear):  # type: ignore[misc]
+    """Who knows what its forward does."""
+
+
+@pytest.mark.parametrize("make", [lambda: _hooked(nn.Linear(4, 4)), lambda: OwnLinear(4, 4)], ids=["hook", "own"])
+def test_a_layer_that_might_have_changed_something_is_not_called_again(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]
+) -> None:
+    from acb.hooks.torch import memory
+
+    monkeypatch.setattr(memory, "more_room", lambda nbytes: pytest.fail("asked for room"))
+    left = _run_out(monkeypatch, 2)
+    with pytest.raises(torch.OutOfMemoryError):
+        nn.Sequential(make())(torch.ones(2, 4))
+    assert left == [1]
+    assert not gate.busy()
+
+
+@pytest.mark.parametrize(
+    ("module", "safe"),
+    [
+        (lambda: nn.Conv2d(1, 1, 3), True),
+        (lambda: nn.LayerNorm(4), True),
+        (lambda: nn.ReLU(), True),
+        (lambda: nn.ReLU(inplace=True), False),
+        (lambda: nn.Embedding(4, 4), True),
+        (lambda: nn.Embedding(4, 4, max_norm=1.0), False),
+        (lambda: nn.BatchNorm2d(4), False),
+        (lambda: nn.BatchNorm2d(4).eval(), True),
+        (lambda: nn.Dropout(0.5), False),
+        (lambda: nn.Dropout(0.5).eval(), True),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), False),
+        (lambda: nn.utils.spectral_norm(nn.Linear(4, 4)), False),
+        (lambda: nn.LSTM(4, 4), False),
+        (lambda: nn.MultiheadAttention(4, 2), False),
+        (lambda: nn.Sequential(), False),
+    ],
+)
+def test_which_layers_can_be_called_again(module: Callable[[], Any], safe: bool) -> None:
+    from acb.hooks.torch import layers
+
+    assert layers.repeatable(module()) is safe
+
+
 def test_the_program_sees_its_own_error_when_there_is_no_room(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     from acb.hooks.torch import memory
 

@@ -99,6 +99,14 @@ class User:
         self.held[name] = torch.ones(nbytes, dtype=torch.uint8).to("cuda")
         return self._ooms()
 
+    def forward(self, name: str, nbytes: int) -> int:
+        """The same, made by a layer in the midst of a module's forward."""
+        layer = nn.Linear(1, 256, bias=False).cuda()
+        with torch.no_grad():
+            layer.weight.fill_(1.0)
+            self.held[name] = nn.Sequential(layer)(torch.ones(nbytes // 1024, 1, device="cuda"))
+        return self._ooms()
+
     def make(self, name: str, nbytes: int) -> int:
         """The same, made on the GPU."""
         self.held[name] = torch.ones(nbytes, dtype=torch.uint8, device="cuda")
