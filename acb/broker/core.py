@@ -126,9 +126,9 @@ class Broker:
         return self._finish(now)
 
     def observed(self, client_id: int, resident: int, now: float) -> list[Send]:
-        """The device says what a client without a lease has there, which counts, whatever the client has said."""
+        """The device says what a client at rest has there, which counts, whatever the client has said."""
         client = self.clients.get(client_id)
-        if client is not None and not client.lease and not client.evacuating and client.resident != resident:
+        if client is not None and client.at_rest and client.resident != resident:
             self._log.append((now, client_id, f"observed {resident}"))
             if client.left < 0:
                 client.left = resident

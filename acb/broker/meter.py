@@ -105,4 +105,4 @@ def _held(clients: Iterable[Client], answers: Mapping[Gpu, Mapping[int, int | No
 
 def _idle(client: Client) -> bool:
     """Whether it has used its GPU, and what it has there stays as it is for now."""
-    return client.measured and not (client.lease or client.evacuating)
+    return client.measured and client.at_rest

@@ -221,9 +221,15 @@ class Scheduler:
             self._serve(gpu, now)
             if gpu.challenger is not None:  # what keeps it out may be on another of its GPUs
                 self.touch(*[other for other in gpu.challenger.gpus if other not in seen])
-        for unit in dict.fromkeys(unit for gpu in seen for unit in gpu.units):
-            seen |= dict.fromkeys(unit.gpus)  # where others share with it, another may be the first to go now
-        for unit in dict.fromkeys(unit for gpu in seen for unit in gpu.units):
+        concerned: dict[Unit, None] = {}
+        gpus = list(seen)
+        for gpu in gpus:  # it grows: where others share with a unit, another may be the first to go now, and so on
+            for unit in gpu.units:
+                if unit not in concerned:
+                    concerned[unit] = None
+                    gpus += [other for other in unit.gpus if other not in seen]
+                    seen |= dict.fromkeys(unit.gpus)
+        for unit in concerned:
             self._preemption.contend(unit, now)
 
     def _serve(self, gpu: Gpu, now: float) -> None:

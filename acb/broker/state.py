@@ -211,6 +211,12 @@ class Client:
         """Whether what it has on the GPU will soon be free."""
         return self.evacuating and not self.unclear
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether what the device counts of it now holds good: not of a holder, nor of what the driver has just moved,
+        which the device may list a moment too long."""
+        return not (self.lease or self.evacuating or self.suspended)
+
     def all_memory(self) -> int:
         """Bytes that must be on the GPU when it runs."""
         return self.resident + self.evacuated

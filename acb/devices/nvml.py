@@ -9,6 +9,9 @@ from typing import Any, NamedTuple, NoReturn
 PROHIBITED, EXCLUSIVE = 2, 3
 """Compute modes of NVML in which GPUs cannot be lent: no context at all, and one process at a time."""
 
+UNEVEN = 256 << 20
+"""Bytes, more than by which GPUs of one kind differ in what their drivers keep for themselves."""
+
 _UNKNOWN = (1 << 64) - 1  # NVML_VALUE_NOT_AVAILABLE, which old bindings hand through
 
 
@@ -17,8 +20,8 @@ class NvmlError(Exception):
 
 
 class Device(NamedTuple):
-    """A GPU. `ordinal` as the job sees it (its place in CUDA_VISIBLE_DEVICES, where that is set); `capacity` in
-    bytes."""
+    """A GPU. `ordinal` as the job sees it (its place in CUDA_VISIBLE_DEVICES, where that is set); `capacity` in bytes,
+    without what the driver keeps for itself."""
 
     ordinal: int
     uuid: str
@@ -129,13 +132,10 @@ class Nvml:
 
     def most(self, which: int | str) -> int:
         """Bytes that are free when nobody holds any: the driver keeps some for itself. Raises NvmlError as free()."""
-        handle = self._handle(which)
-        later = self._ask("nvmlDeviceGetMemoryInfo", handle, getattr(self._pynvml, "nvmlMemory_v2", None))
         try:
-            known = later if hasattr(later, "reserved") else self._pynvml.nvmlDeviceGetMemoryInfo(handle)
+            return self._usable(self._handle(which))
         except self._pynvml.NVMLError as error:
             _gone(which, error)
-        return int(known.total) - int(getattr(known, "reserved", 0))
 
     def processes(self, which: int | str) -> dict[int, int | None]:
         """Bytes that each process holds on it, by process id; None: the driver does not say how many.
@@ -173,14 +173,20 @@ class Nvml:
                 raise problem
         except self._pynvml.NVMLError as error:
             raise NvmlError(f"the NVIDIA driver does not answer ({error})") from None
-        return found
+        return [device._replace(capacity=_of_its_kind(device, found)) for device in found]
 
     def _device(self, index: int) -> Device:
         handle = self._pynvml.nvmlDeviceGetHandleByIndex(index)
         uuid = _text(self._pynvml.nvmlDeviceGetUUID(handle)) or ""
         self._handles[uuid] = handle
         name = _text(self._ask("nvmlDeviceGetName", handle)) or "NVIDIA GPU"
-        return Device(index, uuid, name, int(self._pynvml.nvmlDeviceGetMemoryInfo(handle).total))
+        return Device(index, uuid, name, self._usable(handle))
+
+    def _usable(self, handle: Any) -> int:
+        """Bytes that are free when nobody holds any."""
+        later = self._ask("nvmlDeviceGetMemoryInfo", handle, getattr(self._pynvml, "nvmlMemory_v2", None))
+        known = later if hasattr(later, "reserved") else self._pynvml.nvmlDeviceGetMemoryInfo(handle)
+        return int(known.total) - int(getattr(known, "reserved", 0))
 
     def _handle(self, which: int | str) -> Any:
         if isinstance(which, int):
@@ -220,6 +226,12 @@ def visible(found: Sequence[Device], setting: str | None) -> list[Device]:
             break
         chosen.append(match[0]._replace(ordinal=len(chosen)))
     return chosen
+
+
+def _of_its_kind(device: Device, found: Sequence[Device]) -> int:
+    """Its capacity, or the least of its kind, where that is a little less: such GPUs stand in for each other."""
+    alike = [other.capacity for other in found if other.name == device.name]
+    return min(capacity for capacity in alike if capacity >= device.capacity - UNEVEN)
 
 
 def _text(value: Any) -> str | None:

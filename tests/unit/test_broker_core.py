@@ -411,13 +411,11 @@ class Histories(RuleBasedStateMachine):
             found[1].room_asked += 1
             self.tell(found[0], MoreRoom(found[1].resident, nbytes))
 
-    @some("resident")
+    @precondition(lambda self: any(program.resident or program.parked for program in self.programs.values()))
     @rule(data=st.data(), truth=st.integers(0, CAPACITY))
     def observe(self, data: st.DataObject, truth: int) -> None:
-        """The device says that a program has lied."""
-        if found := self.pick(
-            data, lambda p: not (p.lease or p.evacuate or p.suspend or p.parked or p.doubt) and p.gpus
-        ):
+        """The device says that a program has lied; or, of one that is suspended, what it had a moment before."""
+        if found := self.pick(data, lambda p: not (p.lease or p.evacuate or p.suspend or p.doubt) and p.gpus):
             self.now += 0.001
             self.deliver(self.broker.observed(found[0], truth, self.now))
             found[1].resident = self.broker.clients[found[0]].resident

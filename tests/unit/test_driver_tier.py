@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from acb.broker.core import Broker, Gpu
+from acb.broker.meter import Meter
 from acb.broker.policies import POLICIES
 from acb.broker.schedule import RETRY
 from acb.broker.state import Found, Resume, Suspend
@@ -32,6 +33,23 @@ def test_what_the_framework_refuses_the_driver_moves(broker: Broker) -> None:
     assert broker.suspended(1, "", 0.5, 1.6) == [(2, Grant(0, "GPU-x", CAPACITY))]
     broker.check()
     assert broker.clients[1].state == "evacuated"
+
+
+def test_a_device_that_lists_a_moment_too_long_what_the_driver_has_moved_changes_nothing(broker: Broker) -> None:
+    def still_lists(uuid: str) -> dict[int, int | None]:
+        return {101: 600}
+
+    broker.suspended(1, "", 0.5, 1.6)
+    broker.handle(2, Yield(0, 100), 3.0)
+    assert list(Meter(still_lists).look(broker.gpus, broker.clients, 3.1)) == []
+    assert broker.observed(1, 600, 3.1) == []  # asked for before it was suspended
+    broker.check()
+    assert broker.handle(2, Request(), 4.0) == [(2, Grant(0, "GPU-x", CAPACITY))]  # nothing is in its way
+    broker.handle(2, Yield(0, 0), 5.0)
+    assert broker.handle(1, Request(), 6.0) == [(1, Resume())]
+    broker.resumed(1, "", 6.5)
+    assert (broker.clients[1].resident, broker.clients[1].evacuated) == (600, 0)
+    broker.check()
 
 
 def test_it_is_resumed_before_it_hears_of_its_lease(broker: Broker) -> None:

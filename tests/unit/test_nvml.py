@@ -7,8 +7,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from acb.broker import migration
+from acb.cli.acb.doctor import gpus as doctor
 from acb.cli.gpu_assigner import pool
-from acb.config import ConfigError
+from acb.config import ConfigError, parse_pool
 from acb.devices import nvml
 from acb.devices.nvml import Device, NvmlError, visible
 
@@ -60,6 +62,7 @@ class FakeNvml(ModuleType):
         self.open = 0
         self.nvmlMemory_v2 = 0x2000028
         self.knows_reserved = True
+        self.reserved = [0] * len(names)
 
     def _maybe_fail(self, what: str) -> None:
         if self.fails == what:
@@ -89,7 +92,7 @@ class FakeNvml(ModuleType):
 
     def nvmlDeviceGetMemoryInfo(self, handle: int, version: int | None = None) -> SimpleNamespace:
         if version is not None and self.knows_reserved:
-            return SimpleNamespace(total=(handle + 1) << 30, reserved=1 << 20, free=handle << 20)
+            return SimpleNamespace(total=(handle + 1) << 30, reserved=self.reserved[handle], free=handle << 20)
         if handle in self.lost:
             raise self.NVMLError("GPU is lost")
         return SimpleNamespace(total=(handle + 1) << 30, free=handle << 20)
@@ -178,6 +181,7 @@ def test_ordinals_are_the_jobs_and_uuids_reach_every_gpu(
 
 def test_what_the_driver_keeps_for_itself_is_never_free(driver: type[FakeNvml]) -> None:
     fake = driver(["a", "b"], lost=())
+    fake.reserved[1] = 1 << 20
     with nvml.Nvml() as session:
         assert session.most(1) == (2 << 30) - (1 << 20)
         fake.knows_reserved = False
@@ -259,6 +263,27 @@ def test_a_pool_of_all_or_of_those_chosen(driver: type[FakeNvml]) -> None:
     entries = [f"{n}={uuid}" for n, uuid in enumerate(UUIDS[:3])]
     assert everything.environment == {"ACB_DEVICES": ",".join(entries)}
     assert pool.real(["1"]).environment == {"ACB_DEVICES": f"-{entries[0]},{entries[1]},-{entries[2]}"}
+
+
+def test_what_the_driver_keeps_for_itself_is_not_lent_nor_shown(driver: type[FakeNvml]) -> None:
+    fake = driver(["a", "b"])
+    fake.reserved = [480 << 20, 512 << 20]
+    lent = pool.real(None)
+    assert [gpu.capacity for gpu in lent.gpus] == [544 << 20, 1536 << 20]
+    assert lent.description == "a (544MiB), b (1.5GiB)"
+    assert parse_pool(lent.variables()["ACB_POOL"]) == [544 << 20, 1536 << 20]
+    assert [device.capacity for device in doctor.look().devices] == [544 << 20, 1536 << 20]
+    fake.knows_reserved = False
+    assert [gpu.capacity for gpu in pool.real(None).gpus] == [1 << 30, 2 << 30]
+
+
+def test_gpus_of_one_kind_count_alike_although_their_drivers_keep_a_little_more_or_less(driver: type[FakeNvml]) -> None:
+    fake = driver(["H100", "H100", "other"])
+    fake.reserved = [480 << 20, (480 << 20) + (1 << 30) + 4096, 0]  # the fake's GPUs are of 1, 2 and 3 GiB
+    first, second, other = pool.real(None).gpus
+    assert first.capacity == second.capacity == (544 << 20) - 4096
+    assert migration.alike(first, second)
+    assert other.capacity == 3 << 30
 
 
 @pytest.mark.parametrize("chosen", [["3"], ["0", "GPU-x"], ["-1"], ["GPU-a"]])
