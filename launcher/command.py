@@ -8,6 +8,8 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
+from acb.launcher.wrapped import unwrapped
+
 NOT_FOUND, NOT_RUNNABLE = 127, 126
 """The exit statuses that shells use."""
 
@@ -63,6 +65,26 @@ def execute(file: str, argv: list[str], environ: Mapping[str, str], ignored_sign
             reason = f"its interpreter {interpreter[0]} is not there" if interpreter else "a part of it is not there"
             raise CommandError(f"cannot run {file}: {reason}", NOT_RUNNABLE) from None
         raise CommandError(f"cannot run {file}: {error.strerror}", NOT_RUNNABLE) from None
+
+
+def kept_out(file: str, argv: Sequence[str], search_path: str | None) -> tuple[str, str] | None:
+    """The program in this command, and the argument of its own, that surely keep acb's bootstrap out; None: none does.
+
+    Looks at Python's -I, -S and -E, also in the ``#!`` line of a script, and through ``env``, ``nice`` and their kin,
+    of which ``env -i`` does the same. A Python further down, in a shell's script say, is not seen.
+    """
+    inner, against = unwrapped(argv)
+    if against is not None:
+        return against
+    if not inner:
+        return None
+    if len(inner) != len(argv):
+        try:
+            file = find(inner[0], search_path)
+        except CommandError:
+            return None
+    flag = python_flag_against(file, inner)
+    return None if flag is None else (inner[0], flag)
 
 
 def python_flag_against(file: str, argv: Sequence[str]) -> str | None:

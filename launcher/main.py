@@ -175,9 +175,10 @@ def _prepare(options: Options, environ: dict[str, str], file: str) -> dict[str, 
             _check_pool(sizes_lent, options, "the running broker")
         variables["ACB_SOCKET"] = str(socket)
     variables |= options.variables | {"ACB_BROKER": options.broker}
-    flag = command.python_flag_against(file, options.command)
-    if flag is not None and not options.quiet:
-        _say(f"warning: {options.command[0]} is started with {flag}, so acb cannot instrument it; it runs without acb")
+    kept_out = command.kept_out(file, options.command, environ.get("PATH"))
+    if kept_out is not None and not options.quiet:
+        program, argument = kept_out
+        _say(f"warning: {program} is started with {argument}, so acb cannot instrument it; it runs without acb")
     if ":" in str(BOOTSTRAP):
         raise config.ConfigError(
             f"acb is installed in {BOOTSTRAP.parent}, whose name has a colon, which PYTHONPATH cannot hold; "

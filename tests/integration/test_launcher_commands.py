@@ -276,6 +276,14 @@ class TestPythonsThatIgnoreTheirEnvironment:
             == plain.stderr
         )
 
+    @pytest.mark.parametrize("wrapper", [["env"], ["nice", "-n", "1", "env", "A=b"], ["timeout", "60"]])
+    def test_warns_of_those_behind_others(self, acb: Installation, wrapper: list[str], options: list[str]) -> None:
+        acb.start_broker()
+        result = acb.launch(*wrapper, sys.executable, "-I", "-c", self.CODE, options=options)
+        assert result.stdout == acb.plain(sys.executable, "-I", "-c", self.CODE).stdout
+        assert result.stderr.startswith(f"acb-launch: warning: {sys.executable} is started with -I")
+        assert acb.launch(*wrapper, sys.executable, "-c", self.CODE, options=options).stderr == ""
+
     @pytest.mark.parametrize("line", ["#!{} -I", "#!{}  -BE", "#!/usr/bin/env -S {} -u -S"])
     def test_warns_of_scripts(self, acb: Installation, tmp_path: Path, line: str, options: list[str]) -> None:
         acb.start_broker()
@@ -327,7 +335,11 @@ class TestNesting:
         assert len(acb.hooked()) == 1
 
     def test_an_emptied_environment(self, acb: Installation) -> None:
-        assert acb.launch("env", "-i", sys.executable, "-c", "print('ran')") == (0, "ran\n", "")
+        for before in ((), ("timeout", "60", "nice")):
+            ran = acb.launch(*before, "env", "-i", sys.executable, "-c", "print('ran')")
+            assert ran[:2] == (0, "ran\n")
+            assert "is started with -i, so acb cannot instrument it" in ran.stderr
+            assert ran.stderr.count("\n") == 1
 
 
 def test_an_interrupt_while_a_broker_starts_ends_it(acb: Installation, tmp_path: Path) -> None:

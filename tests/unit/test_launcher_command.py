@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from acb.launcher.command import CommandError, find, python_flag_against
+from acb.launcher.command import CommandError, find, kept_out, python_flag_against
 from acb.launcher.environment import BOOTSTRAP, broker_variables, initial_environment, with_bootstrap
 
 LOOK_ALIKES = [f"{BOOTSTRAP}/", f"{BOOTSTRAP}x", f"x{BOOTSTRAP}", str(BOOTSTRAP.parent)]
@@ -71,6 +71,50 @@ def test_scripts_that_keep_acb_out(tmp_path: Path, line: str, flag: str | None) 
     script = tmp_path / "script"
     script.write_text(line + "\nrest")
     assert python_flag_against(str(script), ["script", "-I"]) == flag
+
+
+@pytest.mark.parametrize(
+    ("command", "found"),
+    [
+        ("env python -I x.py", ("python", "-I")),
+        ("env -u A -C / -- B=c python3 -E", ("python3", "-E")),
+        ("env -i python x.py", ("env", "-i")),
+        ("/usr/bin/env - PATH=/bin sh x", ("/usr/bin/env", "-")),
+        ("env -vi python x.py", ("env", "-i")),
+        ("env --ignore-environment python", ("env", "--ignore-environment")),
+        ("env PYTHONPATH=/x python x.py", ("env", "PYTHONPATH=...")),
+        ("env -u PYTHONPATH python", ("env", "-u PYTHONPATH")),
+        ("env -uPYTHONPATH python", ("env", "-u PYTHONPATH")),
+        ("env --unset=PYTHONPATH python", ("env", "-u PYTHONPATH")),
+        ("env --unset PYTHONPATH python", ("env", "-u PYTHONPATH")),
+        ("env -S python -I", ("python", "-I")),
+        ("nice -n 5 timeout -k 1 -s KILL 10 python -S x.py", ("python", "-S")),
+        ("nice --adjustment 5 nohup python -I", ("python", "-I")),
+        ("timeout --signal=KILL 10 env -i true", ("env", "-i")),
+        ("taskset -c 0,1 numactl -N 0 --membind 0 python -I", ("python", "-I")),
+        ("stdbuf -oL -e L python -I", ("python", "-I")),
+        ("env -uiI python x.py", None),
+        ("env -C -i python x.py", None),
+        ("env A=-i python x.py -I", None),
+        ("env", None),
+        ("env -u", None),
+        ("timeout 10", None),
+        ("timeout 10 no_such_command_anywhere -I", None),
+        ("nice python x.py -I", None),
+        ("sh -c python -I", None),
+    ],
+)
+def test_wrappers_are_looked_through(command: str, found: tuple[str, str] | None, tmp_path: Path) -> None:
+    for name in ("python", "python3"):
+        (tmp_path / name).touch(0o755)
+    assert kept_out("/no/such/file", command.split(), str(tmp_path)) == found
+
+
+def test_a_script_behind_a_wrapper(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.touch(0o755)
+    script.write_text("#!/usr/bin/python3 -I\n")
+    assert kept_out("/usr/bin/nice", ["nice", "script"], str(tmp_path)) == ("script", "-I")
 
 
 def test_looking_a_command_up(tmp_path: Path) -> None:

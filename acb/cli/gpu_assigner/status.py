@@ -31,11 +31,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-from acb.cli.gpu_assigner import talk
+from acb.cli import output
+from acb.cli.gpu_assigner import table, talk
+from acb.cli.gpu_assigner.table import Column
 from acb.config import EX_UNAVAILABLE, format_size, socket_path
 
 
@@ -51,61 +54,60 @@ def run(options: argparse.Namespace) -> int:
     if report is None:
         print(f"gpu_assigner: no GPU broker runs at {path}; start one with: gpu_assigner start", file=sys.stderr)
         return EX_UNAVAILABLE
-    if options.json:
-        print(json.dumps(report, indent=2))
-    else:
-        _show(report)
+    with output.page():
+        if options.json:
+            print(json.dumps(report, indent=2))
+        else:
+            _show(report)
     return 0
 
 
 def _show(report: dict[str, Any]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, markup=False, emoji=False)  # names are the programs' own
-    console.print(
+    unicode = output.writable("\N{HORIZONTAL ELLIPSIS}") != "?"
+    width = shutil.get_terminal_size().columns - 1  # of the space at their left
+    print(
         f"gpu_assigner {report['version']}, process {report['pid']}, up {_duration(report['uptime_s'])}, "
-        f"scheduler {report['scheduler']}, {report['devices']}",
-        soft_wrap=True,
+        f"scheduler {report['scheduler']}, {report['devices']}"
     )
-    gpus = Table(box=box.SIMPLE_HEAD, title_justify="left")
-    for column in ("GPU", "memory", "promised", "resident", "held by"):
-        gpus.add_column(column, justify="left" if column == "held by" else "right")
-    for gpu in report["gpus"]:
-        holders = ", ".join(str(pid) for pid in gpu["holders"]) or "nobody"
-        sizes = (format_size(gpu[key]) for key in ("capacity", "headroom", "resident"))
-        gpus.add_row(str(gpu["ordinal"]), *sizes, holders)
-    console.print(gpus)
+    tables = [_gpus(report["gpus"])]
+    if report["clients"]:
+        tables.append(_programs(report["clients"]))
+    for columns in tables:
+        for line in table.lines(columns, width, unicode=unicode):
+            print(line)
     if not report["clients"]:
-        console.print("No program is connected.")
-        return
-    rows = [
-        (
-            str(client["pid"]),
-            client["name"],
-            _state(client),
-            ",".join(map(str, client["gpus"])) or "-",
-            *(format_size(client[key]) if client[key] else "-" for key in ("resident", "evacuated", "peak")),
-            _duration(client["state_s"]),
-        )
-        for client in report["clients"]
+        print("\nNo program is connected.")
+    remarks = [sentence for client in report["clients"] for sentence in _remarks(client)]
+    if remarks:
+        print("\n".join(["", *remarks]))
+
+
+def _gpus(gpus: list[dict[str, Any]]) -> list[Column]:
+    sizes = {key: [format_size(gpu[key]) for gpu in gpus] for key in ("capacity", "headroom", "resident")}
+    holders = [", ".join(str(pid) for pid in gpu["holders"]) or "nobody" for gpu in gpus]
+    return [
+        Column("GPU", 0, [str(gpu["ordinal"]) for gpu in gpus]),
+        Column("memory", 3, sizes["capacity"]),
+        Column("promised", 4, sizes["headroom"]),
+        Column("resident", 2, sizes["resident"]),
+        Column("held by", 1, holders, left=True, is_list=True),
     ]
-    clients = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    names = ("process", "program", "state", "GPU", "resident", "evacuated", "peak", "since")
-    widths = [max(map(len, cells)) for cells in zip(names, *rows, strict=True)]
-    # On a narrow terminal the program's name gives way: a figure that is cut short is worse than none.
-    spare = console.width - 2 * len(names) - sum(widths) + widths[1]
-    widths[1] = max(len("program"), min(widths[1], spare))
-    for name, width in zip(names, widths, strict=True):
-        left = name in ("program", "state")
-        clients.add_column(name, justify="left" if left else "right", no_wrap=True, overflow="ellipsis", width=width)
-    for row in rows:
-        clients.add_row(*row)
-    console.print(clients)
-    for client in report["clients"]:
-        for sentence in _remarks(client):
-            console.print(sentence, soft_wrap=True)  # what is to be typed must come in one piece
+
+
+def _programs(clients: list[dict[str, Any]]) -> list[Column]:
+    def sizes(key: str) -> list[str]:
+        return [format_size(client[key]) if client[key] else "-" for client in clients]
+
+    return [
+        Column("process", 0, [str(client["pid"]) for client in clients]),
+        Column("program", 2, [output.writable(client["name"]) for client in clients], left=True, is_name=True),
+        Column("state", 1, [_state(client) for client in clients], left=True),
+        Column("GPU", 3, [",".join(map(str, client["gpus"])) or "-" for client in clients]),
+        Column("resident", 4, sizes("resident")),
+        Column("evacuated", 6, sizes("evacuated")),
+        Column("peak", 7, sizes("peak")),
+        Column("since", 5, [_duration(client["state_s"]) for client in clients]),
+    ]
 
 
 def _state(client: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from acb.cli.command import argument
+from acb.cli.output import page
 from acb.config import EX_CANTCREAT, EX_UNAVAILABLE, ConfigError, SimulatedSpec, parse_simulated
 
 PROGRAMS = {"fold": ["fold.py"] * 4, "fold_jax": ["fold_jax.py"] * 4, "mix": ["fold.py", "fold_jax.py"] * 2}
@@ -65,7 +66,8 @@ def run(options: argparse.Namespace) -> int:
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     scenes.tell(summary, stage, picture, sys.stderr)
     if options.json:
-        print(json.dumps(summary, indent=2))
+        with page():
+            print(json.dumps(summary, indent=2))
     with_acb = summary["with_acb"]
     return (
         0

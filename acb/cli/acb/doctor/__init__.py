@@ -16,6 +16,7 @@ from typing import Any
 from acb._version import __version__
 from acb.cli.acb.doctor.check import Check
 from acb.cli.command import argument
+from acb.cli.output import page
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,11 +71,13 @@ def run(options: argparse.Namespace) -> int:
             "broker": None if report is None else {key: report[key] for key in ("version", "pid", "devices")},
             "checks": [check.as_json() for check in checks],
         }
-        print(json.dumps(answer, indent=2))
+        with page():
+            print(json.dumps(answer, indent=2))
     else:
         from acb.cli.acb.doctor.show import show
 
-        show(checks, said, usable)
+        with page():
+            show(checks, said, usable)
     return 0 if usable else 1
 
 

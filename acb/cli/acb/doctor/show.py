@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from acb._version import __version__
+from acb.cli import output
 from acb.cli.acb.doctor.check import Check, Mark
 
 _MARKS: dict[Mark, tuple[str, str, str]] = {
@@ -22,7 +23,7 @@ _MARKS: dict[Mark, tuple[str, str, str]] = {
 
 def show(checks: Sequence[Check], verdict: str, usable: bool, console: Console | None = None) -> None:
     """Print the checks by section, and the verdict last."""
-    console = console or Console(highlight=False, markup=False, emoji=False)
+    console = console or output.console()
     unicode = console.encoding.lower().startswith("utf")
     arrow = "→" if unicode else "->"
     subjects = max(len(check.subject) for check in checks)
