@@ -234,6 +234,19 @@ def _of_its_kind(device: Device, found: Sequence[Device]) -> int:
     return min(capacity for capacity in alike if capacity >= device.capacity - UNEVEN)
 
 
+def mig_obstacle(found: Sequence[Device], setting: str | None) -> str | None:
+    """Why acb cannot lend where CUDA_VISIBLE_DEVICES stops naming GPUs, in a sentence with what to do, if that is at a
+    part of one; else None."""
+    entries = [part.strip() for part in (setting or "").split(",")]
+    entry = next(iter(entries[len(visible(found, setting)) :]), "")
+    if not entry.startswith("MIG-"):
+        return None
+    return (
+        f"{entry} is a part of a GPU that MIG divides, and acb lends whole GPUs; ask for a whole GPU, or run the "
+        f"program without acb"
+    )
+
+
 def _text(value: Any) -> str | None:
     """Old bindings answer in bytes."""
     return value.decode() if isinstance(value, bytes) else value if isinstance(value, str) else None

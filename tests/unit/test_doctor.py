@@ -108,6 +108,16 @@ def test_an_unknown_entry_is_named() -> None:
     assert "visible" not in marks(gpus.checks(machine(*both, setting="1,0"), {"CUDA_VISIBLE_DEVICES": "1,0"}))
 
 
+@pytest.mark.parametrize(("setting", "mark"), [("MIG-5c2e5a2b", "fail"), ("0,MIG-5c2e5a2b", "warn")])
+def test_a_part_of_a_gpu_is_named_as_migs(setting: str, mark: str) -> None:
+    checks = gpus.checks(machine(H100, setting=setting), {"CUDA_VISIBLE_DEVICES": setting})
+    check = only(checks, "MIG")
+    assert check.mark == mark
+    assert "MIG-5c2e5a2b is a part of a GPU that MIG divides" in check.text
+    assert "whole GPU" in check.advice
+    assert not {"GPU", "visible"} & marks(checks).keys()  # it is neither hidden nor unknown
+
+
 def test_different_gpus_are_counted_in_two_ways() -> None:
     mixed = machine(H100, T4)
     assert marks(gpus.checks(mixed, {}))["order"] == "warn"

@@ -239,6 +239,27 @@ def test_a_set_up_that_cannot_be_lent_is_named_with_its_remedy(settings: nvml.Se
         assert f"nvidia-smi -i {UUIDS[1]}" in obstacle
 
 
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        (None, None),
+        ("", None),
+        ("0,GPU-aaaa", None),
+        ("MIG-5c2e5a2b", "MIG-5c2e5a2b"),
+        ("MIG-GPU-aaaa1111/1/0,MIG-GPU-aaaa1111/2/0", "MIG-GPU-aaaa1111/1/0"),
+        ("0, MIG-17 ,1", "MIG-17"),
+        ("0,9,MIG-17", None),  # CUDA does not come so far
+    ],
+)
+def test_a_part_of_a_gpu_is_named_as_such(setting: str | None, named: str | None) -> None:
+    obstacle = nvml.mig_obstacle(FOUR, setting)
+    if named is None:
+        assert obstacle is None
+    else:
+        assert obstacle is not None
+        assert obstacle.startswith(f"{named} is a part of a GPU that MIG divides, and acb lends whole GPUs; ")
+
+
 def test_a_gpu_lost_later_is_said_so(driver: type[FakeNvml]) -> None:
     fake = driver(["a", "b"])
     with nvml.Nvml() as session:
@@ -306,6 +327,19 @@ def test_no_gpu_at_all_is_a_status_of_its_own(driver: type[FakeNvml], monkeypatc
     with pytest.raises(ConfigError, match="simulate one") as caught:
         pool.real(["0"])
     assert caught.value.status == 69
+
+
+def test_a_job_with_a_part_of_a_gpu_is_told_of_mig(driver: type[FakeNvml], monkeypatch: pytest.MonkeyPatch) -> None:
+    driver(["a"])
+    with pytest.raises(ConfigError, match=r"MIG-17 is a part of a GPU .* whole GPU") as caught:
+        pool.real(["MIG-17"])
+    assert caught.value.status == 69
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-5c2e5a2b")
+    with pytest.raises(ConfigError, match=r"MIG-5c2e5a2b is a part of a GPU .* whole GPU.* simulate one") as caught:
+        pool.real(None)
+    assert caught.value.status == 69
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,MIG-5c2e5a2b")
+    assert [gpu.visible for gpu in pool.real(None).gpus] == UUIDS[:1]
 
 
 def test_a_gpu_that_cannot_be_lent_is_left_out_or_refused(driver: type[FakeNvml]) -> None:

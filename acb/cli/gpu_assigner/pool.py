@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,11 +107,13 @@ def real(chosen: Sequence[str] | None) -> Pool:
             f"{error}; to try acb without a GPU, simulate one: --simulate-gpus 1x2GiB", EX_UNAVAILABLE
         ) from None
     if not found:
-        raise ConfigError(
-            "this job may use no GPU; to try acb without one, simulate one: --simulate-gpus 1x2GiB", EX_UNAVAILABLE
-        )
+        reason = nvml.mig_obstacle(found, os.environ.get("CUDA_VISIBLE_DEVICES")) or "this job may use no GPU"
+        raise ConfigError(f"{reason}; to try acb without a GPU, simulate one: --simulate-gpus 1x2GiB", EX_UNAVAILABLE)
     known = {str(d.ordinal): d for d in found} | {d.uuid: d for d in found}
     every = chosen in (None, ["all"])
+    for entry in chosen or ():
+        if (obstacle := nvml.mig_obstacle((), entry)) is not None:
+            raise ConfigError(obstacle, EX_UNAVAILABLE)
     picked = found if every else [_pick(known, entry) for entry in chosen or ()]
     lendable = [device for device in picked if obstacles[device] is None]
     if not lendable or not every:

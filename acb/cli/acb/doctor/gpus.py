@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from acb.broker.checkpointing import Helper
-from acb.cli.acb.doctor.check import Check
+from acb.cli.acb.doctor.check import Check, Mark
 from acb.config import format_size
 from acb.devices.checkpoint_probe import Probe
-from acb.devices.nvml import Device, Nvml, NvmlError, Settings
+from acb.devices.nvml import Device, Nvml, NvmlError, Settings, mig_obstacle
 
 SECTION, TIERS = "GPUs", "Moving memory off a GPU"
 
@@ -92,8 +92,13 @@ def checks(machine: Machine, environ: Mapping[str, str], root: Path = Path("/"))
     setting = environ.get("CUDA_VISIBLE_DEVICES")
     for device in machine.devices:
         found += _one(machine, device)
+    mig = mig_obstacle(machine.all, setting)
     if not machine.all:
         found.append(Check(SECTION, "GPU", "note", "the driver is there, but no GPU", SIMULATE))
+    elif mig is not None:
+        text, _, advice = mig.partition("; ")
+        mark: Mark = "warn" if machine.usable() else "fail"
+        found.append(Check(SECTION, "MIG", mark, f"in CUDA_VISIBLE_DEVICES, {text}", advice))
     elif not machine.devices:
         there = "one GPU" if len(machine.all) == 1 else f"{len(machine.all)} GPUs"
         found.append(
@@ -107,7 +112,8 @@ def checks(machine: Machine, environ: Mapping[str, str], root: Path = Path("/"))
         )
     elif not machine.usable():
         found.append(Check(SECTION, "GPU", "fail", "none of these GPUs can be lent", "see above; or simulate one"))
-    found += _unknown_entries(machine, setting)
+    if mig is None:
+        found += _unknown_entries(machine, setting)
     if len({device.name for device in machine.all}) > 1 and environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
         found.append(
             Check(
