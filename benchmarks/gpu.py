@@ -8,7 +8,8 @@ driver, is skipped by name. The table comes last; DIR/gpu-DATE.json has every fi
 
 --simulate plays the same on a simulated GPU: a test of this benchmark, whose figures say nothing of any GPU.
 
-Status 1 when something was found to be wrong; a missed target alone is none.
+Ctrl-C, or a batch system's SIGTERM, ends the part that runs and all that it has started; what has been found till then
+is in the table and in the file. Status 1 when something was found to be wrong; a missed target alone is none.
 """
 
 from __future__ import annotations
@@ -16,12 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
-import json
-import os
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -29,7 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import report
-from benchmarks.gpu_parts import PARTS
+from benchmarks.gpu_parts import PARTS, playing
+from benchmarks.gpu_parts.playing import Stop
 
 TIME = 480.0
 """Seconds for everything."""
@@ -60,12 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begun = time.time()
     card = Card({"name": "simulated"}, SIMULATED) if options.simulate else find()
     options.out.mkdir(parents=True, exist_ok=True)
-    results = []
-    for name in options.only:
-        left = begun + options.limit - time.time()
-        result = _run(name, card, options, left)
-        results.append(result)
-        _say(f"{name}: {result['status']} {result['reason']}".rstrip())
     now = datetime.now(timezone.utc)
     file = options.out / f"gpu-{now:%Y%m%d-%H%M%S}.json"
     figures = {
@@ -74,12 +65,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "quick": options.quick,
         "gpu": card.facts,
         "versions": versions(),
-        "seconds": round(time.time() - begun, 1),
-        "parts": {result["name"]: result for result in results},
     }
+    results: list[dict[str, Any]] = []
+    with Stop().listening() as stop:
+        for name in options.only:
+            result = _play(name, card, options, begun + options.limit - time.time(), stop)
+            results.append(result)
+            _say(f"{name}: {result['status']} {result['reason']}".rstrip())
+            figures |= {"seconds": round(time.time() - begun, 1), "parts": {r["name"]: r for r in results}}
+            report.write(figures, file)  # of which nothing is lost, whatever happens to the next part
     words = "a simulated GPU" if options.simulate else card.facts.get("name", "no GPU")
     report.publish(f"acb on {words}", [row for r in results for row in _rows(r, card)], figures, file)
     print(f"figures: {file}")
+    if stop.number:
+        return 128 + stop.number
     bad = any(r["status"] == "failed" or any(row["kind"] == "failed" for row in r["rows"]) for r in results)
     return 1 if bad else 0
 
@@ -135,41 +134,17 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _run(name: str, card: Card, options: argparse.Namespace, left: float) -> dict[str, Any]:
-    """One part: what its file says, or why there is none. It has {name, status, reason, rows, figures, seconds}."""
+def _play(name: str, card: Card, options: argparse.Namespace, left: float, stop: Stop) -> dict[str, Any]:
+    """One part: what it has told, or why it cannot be played (see playing)."""
     entry = PARTS[name]
-    empty = {"name": name, "rows": [], "figures": {}, "seconds": 0.0}
-    reason = card.obstacle or entry.obstacle(simulate=options.simulate)
+    reason = stop.reason or card.obstacle or entry.obstacle(simulate=options.simulate)
     if not reason and left < entry.least:
         reason = f"only {max(0.0, left):.0f} s of {options.limit:.0f} s are left"
     if reason:
-        return {**empty, "status": "skipped", "reason": reason}
+        return playing.empty(name, "skipped", reason)
     limit = min(entry.limit * (PATIENCE if options.simulate else 1.0), left)
-    begun = time.time()
-    settings = {"simulate": options.simulate, "quick": options.quick, "capacity": card.capacity,
-                "deadline": begun + limit - 3}  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="acb-gpu-") as directory:
-        file, log = Path(directory, "part.json"), options.out / f"{name}.log"
-        command = [sys.executable, "-m", "benchmarks.gpu_parts", name, json.dumps(settings), str(file)]
-        environment = {**os.environ, "TMPDIR": directory}
-        with log.open("wb") as stream:
-            process = subprocess.Popen(
-                command, cwd=report.ROOT, env=environment, stdout=stream, stderr=stream, start_new_session=True
-            )
-        late = False
-        try:
-            process.wait(limit)
-        except subprocess.TimeoutExpired:
-            late = True
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
-            process.wait()
-        result = json.loads(file.read_text()) if file.exists() else {**empty, "status": "running", "reason": ""}
-    if result["status"] == "running":
-        why = f"not done within {limit:.0f} s" if late else f"ended with status {process.returncode}"
-        result |= {"status": "failed", "reason": f"{why}; see {log}"}
-    return {**result, "seconds": round(time.time() - begun, 1)}
+    settings = {"simulate": options.simulate, "quick": options.quick, "capacity": card.capacity}
+    return playing.play(name, entry, settings, limit, options.out / f"{name}.log", stop)
 
 
 def _rows(result: dict[str, Any], card: Card) -> list[report.Row]:

@@ -86,22 +86,31 @@ def positive(text: str) -> int:
     return number
 
 
+def write(figures: dict[str, Any], file: Path) -> None:
+    """The JSON file, whole or not at all, with the machine in it."""
+    draft = file.with_name(f".{file.name}.part")
+    draft.write_text(json.dumps({**figures, "machine": machine()}, indent=2) + "\n")
+    draft.replace(file)
+
+
 def publish(title: str, rows: Sequence[Row], figures: dict[str, Any], file: Path | None) -> None:
     """Write the JSON file, if one is wished, and print the table, last."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text  # for no remark is to be taken for markup: "[/tmp/x]" would be an error
 
     if file is not None:
-        file.write_text(json.dumps({**figures, "machine": machine()}, indent=2) + "\n")
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+        write(figures, file)
+    table = Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     table.add_column("question", overflow="fold")
     table.add_column("figure", justify="right", no_wrap=True)
     table.add_column("target", justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
     for row in rows:
-        verdict = "" if row.met is None else "[green]met[/] " if row.met else "[red]missed[/] "
-        table.add_row(row.question, row.figure, row.target or "", verdict + row.remark)
+        verdict = ("", "") if row.met is None else ("met ", "green") if row.met else ("missed ", "red")
+        remark = Text.assemble(verdict, row.remark)
+        table.add_row(Text(row.question), Text(row.figure), Text(row.target or ""), remark)
     Console(highlight=False).print(table)
     print_machine()
 
@@ -111,7 +120,7 @@ def print_machine() -> None:
     from rich.console import Console
 
     here = machine()
-    Console(highlight=False).print(
+    Console(highlight=False, markup=False).print(
         f"on {here['cores']} cores of {here['cpu']} (load {here['load']:.1f}), Linux {here['kernel']}, "
         f"Python {here['python']}",
         soft_wrap=True,
@@ -123,12 +132,13 @@ def show(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> 
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table = Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(Text, line))
     needed = Console(width=10 * WIDTH).measure(table).maximum
     Console(highlight=False, width=max(WIDTH, needed, shutil.get_terminal_size().columns)).print(table)
 

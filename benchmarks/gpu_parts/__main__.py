@@ -1,4 +1,4 @@
-"""One part in a process of its own: ``python -m benchmarks.gpu_parts NAME SETTINGS FILE`` (see benchmarks.gpu)."""
+"""One part in a process of its own: ``python -m benchmarks.gpu_parts NAME MODULE SETTINGS FILE`` (see playing)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import sys
 import traceback
 from pathlib import Path
 
-from benchmarks.gpu_parts import PARTS
 from benchmarks.gpu_parts.part import Part, Settings, Skip
 
 
 def main() -> int:
     """Run it; the file says what came of it, the exit status only whether it came to its end."""
-    name, settings, file = sys.argv[1:]
+    name, module, settings, file = sys.argv[1:]
     part = Part(name, Settings(**json.loads(settings)), Path(file))
     try:
-        importlib.import_module(f"benchmarks.gpu_parts.{PARTS[name].module}").run(part)
+        importlib.import_module(module, "benchmarks.gpu_parts").run(part)
     except Skip as skip:
         part.end("skipped", str(skip))
     except BaseException as error:

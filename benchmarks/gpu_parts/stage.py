@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from acb.cli.gpu_assigner import talk
 from acb.config import ConfigError
 from benchmarks import report
+from benchmarks.gpu_parts.playing import said
 
 PROGRAMS = Path(__file__).parent / "programs"
 WORKLOADS = report.ROOT / "benchmarks" / "workloads"
@@ -65,6 +66,7 @@ class Stage:
         for program in self.programs:
             program.end()
         self.kill_broker()
+        print(said(self.directory), end="", file=sys.stderr)  # into the part's log: this directory is gone at once
         shutil.rmtree(self.directory, ignore_errors=True)
 
     # --- the broker --------------------------------------------------------------------------------------------------

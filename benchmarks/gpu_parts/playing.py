@@ -1,0 +1,128 @@
+"""One part of benchmarks.gpu in a process of its own, with a time limit, and with nothing left behind when it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from benchmarks import report
+from benchmarks.gpu_parts import Entry
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""By which a person, a batch system or a closed terminal ends the benchmark."""
+
+SHORT = 60
+"""Bytes of the path of a directory beneath which a stage's socket has a path that Linux accepts: 107."""
+
+TAIL = 4000
+"""Bytes of the end of each program's log that are kept."""
+
+
+class Stop:
+    """The first of SIGNALS that has come, which is only noted: whoever waits looks at it, and puts things away."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    @property
+    def reason(self) -> str:
+        """In words; '' while none has come."""
+        return f"stopped by {signal.Signals(self.number).name}" if self.number else ""
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[Stop]:
+        """Signals that are ignored (by nohup, say) are still ignored."""
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        caught = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+        try:
+            for number in caught:
+                signal.signal(number, self._note)
+            yield self
+        finally:
+            for number in caught:
+                signal.signal(number, before[number])
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.number = self.number or number
+
+
+def empty(name: str, status: str, reason: str) -> dict[str, Any]:
+    """What is said of a part that has told nothing."""
+    return {"name": name, "rows": [], "figures": {}, "seconds": 0.0, "status": status, "reason": reason}
+
+
+def play(name: str, entry: Entry, settings: dict[str, Any], limit: float, log: Path, stop: Stop) -> dict[str, Any]:
+    """What its file says when it has ended: {name, status, reason, rows, figures, seconds}; see part.Part.
+
+    `settings` are a part's (see part.Settings) but for the deadline. A part that does not end within `limit` seconds,
+    or before a signal comes, is killed with all that it has started; what it had told till then counts. What it and its
+    programs have said is in `log`.
+    """
+    begun = time.time()
+    arguments = json.dumps(settings | {"deadline": begun + limit - 3})
+    with scratch() as directory, log.open("wb") as stream:
+        file = directory / "part.json"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.gpu_parts", name, entry.module, arguments, str(file)],
+            cwd=report.ROOT, env={**os.environ, "TMPDIR": str(directory)}, stdout=stream, stderr=stream,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            late = not _ends(process, begun + limit, stop)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
+            process.wait()
+        result = json.loads(file.read_text()) if file.exists() else empty(name, "running", "")
+        if result["status"] == "running":
+            stream.write(said(directory).encode())  # which a part that comes to its end has written itself
+            result |= _cut(result, process.returncode, limit if late else None, log, stop)
+    return {**result, "seconds": round(time.time() - begun, 1)}
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A directory for a part and its stages: in the user's own, unless sockets in it would have too long a path."""
+    home = tempfile.gettempdir()
+    if len(os.fsencode(home)) > SHORT:
+        home = "/tmp"
+    with tempfile.TemporaryDirectory(prefix="acb-gpu-", dir=home, ignore_cleanup_errors=True) as directory:
+        yield Path(directory)
+
+
+def said(directory: Path) -> str:
+    """The end of each log of the stages beneath."""
+    found = []
+    for log in sorted(directory.glob("**/*.txt")):
+        with contextlib.suppress(OSError):
+            text = log.read_bytes()[-TAIL:].decode(errors="replace").strip()
+            found += [f"--- {log.name}\n{text}\n"] if text else []
+    return "".join(found)
+
+
+def _ends(process: subprocess.Popen[bytes], deadline: float, stop: Stop) -> bool:
+    """Whether it does by itself, before the deadline and before a signal comes."""
+    while not stop.number and time.time() < deadline:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.1)
+            return True
+    return False
+
+
+def _cut(result: dict[str, Any], status: int, limit: float | None, log: Path, stop: Stop) -> dict[str, str]:
+    """Of a part that has not come to its end."""
+    if stop.number:
+        return {"status": "stopped", "reason": stop.reason}
+    why = f"ended with status {status}" if limit is None else f"not done within {limit:.0f} s"
+    after = f', after "{result["rows"][-1]["question"]}"' if result["rows"] else ""
+    return {"status": "failed", "reason": f"{why}{after}; see {log}"}

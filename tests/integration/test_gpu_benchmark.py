@@ -1,0 +1,129 @@
+"""What benchmarks.gpu makes of parts that fail, crash, hang or are cut off: stand-ins play them, each in a moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from broker_harness import wait_until
+
+from benchmarks import gpu
+from benchmarks.gpu_parts import Entry
+
+HARNESS = Path(__file__).parents[1] / "harness"
+
+
+class Outcome:
+    """Of a run: its status, what it has printed, and the parts in its file."""
+
+    def __init__(self, status: int, printed: str, out: Path) -> None:
+        self.status, self.printed, self.out = status, printed, out
+        [file] = out.glob("*.json")
+        self.parts: dict[str, Any] = json.loads(file.read_text())["parts"]
+
+    def said(self, name: str) -> tuple[str, str]:
+        """A part's status and reason."""
+        return self.parts[name]["status"], self.parts[name]["reason"]
+
+    def log(self, name: str) -> str:
+        """What a part has left in its log."""
+        return (self.out / f"{name}.log").read_text()
+
+
+Play = Callable[..., Outcome]
+
+
+@pytest.fixture
+def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Play:
+    """Play stand-in parts by their names, each with so many seconds."""
+    monkeypatch.setenv("PYTHONPATH", str(HARNESS))
+    monkeypatch.setenv("STANDIN_FILE", str(tmp_path / "pid"))
+
+    def run(*names: str, limit: float = 30) -> Outcome:
+        parts = {name: Entry("standin_part", f"one that {name}", (), limit / gpu.PATIENCE, 0) for name in names}
+        monkeypatch.setattr(gpu, "PARTS", parts)
+        status = gpu.main(["--simulate", "--out", str(tmp_path / "out"), "--only", ",".join(names)])
+        return Outcome(status, capsys.readouterr().out, tmp_path / "out")
+
+    return run
+
+
+def test_every_remark_is_told_as_it_is(play: Play) -> None:
+    """None is taken for markup."""
+    outcome = play("passes")
+    assert outcome.status == 0
+    assert {"[/tmp/x]", "[gpu:0]"} <= set(outcome.printed.split())
+
+
+def test_a_program_s_last_words_are_kept_when_its_part_breaks(play: Play) -> None:
+    outcome = play("crashes")
+    assert outcome.said("crashes") == ("failed", "RuntimeError: [/broken]")
+    assert "--- 1-program.txt\nwhat the program has said\n" in outcome.log("crashes")
+
+
+def test_a_part_that_hangs_is_ended_with_all_that_it_has_started(play: Play, tmp_path: Path) -> None:
+    outcome = play("hangs", "passes", limit=3)
+    status, reason = outcome.said("hangs")
+    assert (status, outcome.status) == ("failed", 1)
+    assert reason.startswith('not done within 3 s, after "it begins"; see ')
+    assert "--- 1-program.txt\nI lie here\n" in outcome.log("hangs")
+    assert outcome.said("passes") == ("done", "")
+    assert ended(tmp_path)
+
+
+def ended(tmp_path: Path) -> bool:
+    """Whether the program of the part that hangs has."""
+    pid = int((tmp_path / "pid").read_text())
+    return wait_until("the program's end", lambda: not alive(pid))
+
+
+def alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_everything_and_loses_nothing(play: Play, tmp_path: Path, number: int) -> None:
+    """Sent when the second part has started its program; the file of the first is there by then."""
+    seen: list[bool] = []
+
+    def send() -> None:
+        wait_until("the program", (tmp_path / "pid").exists)
+        [file] = (tmp_path / "out").glob("*.json")
+        seen.append(list(json.loads(file.read_text())["parts"]) == ["passes"])
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    before = signal.getsignal(number)
+    outcome = play("passes", "hangs", "skips")
+    thread.join()
+    why = f"stopped by {signal.Signals(number).name}"
+    assert seen == [True]
+    assert outcome.status == 128 + number
+    assert [outcome.said(name) for name in outcome.parts] == [("done", ""), ("stopped", why), ("skipped", why)]
+    assert [row["question"] for row in outcome.parts["hangs"]["rows"]] == ["it begins"]
+    assert why in " ".join(outcome.printed.split())
+    assert ended(tmp_path)
+    assert signal.getsignal(number) is before
+
+
+def test_sockets_have_short_paths_wherever_temporary_files_lie(
+    play: Play, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / ("x" * 70)
+    home.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(home))
+    outcome = play("listens")
+    assert outcome.said("listens") == ("done", "")
+    assert outcome.status == 0, outcome.log("listens")
