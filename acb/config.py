@@ -168,13 +168,15 @@ def _number(text: str) -> float:
         return 0.0
 
 
-def runtime_dir() -> Path:
-    """The directory of sockets and simulated GPUs; made with mode 0700 when it is not there.
+def runtime_dir(*, make: bool = True) -> Path:
+    """The directory of sockets and simulated GPUs; made with mode 0700 when it is not there, unless `make` is off.
 
     ``$ACB_RUNTIME_DIR``, else ``$XDG_RUNTIME_DIR/acb``, else ``/tmp/acb-UID``. Raises ConfigError when it cannot be
     made, belongs to another user, is open to others, or is a link.
     """
     directory = _runtime_path()
+    if not make and not os.path.lexists(directory):
+        return directory
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = directory.lstat()
@@ -218,13 +220,14 @@ def job_suffix() -> str:
     return "-" + re.sub(r"[^A-Za-z0-9._-]", "_", job) if job else ""
 
 
-def socket_path() -> Path:
-    """Where the broker listens: ``$ACB_SOCKET``, else ``broker[-JOBID].sock`` in the runtime directory.
+def socket_path(*, make: bool = True) -> Path:
+    """Where the broker listens: ``$ACB_SOCKET``, else ``broker[-JOBID].sock`` in the runtime directory, which is made
+    as runtime_dir does.
 
     Raises ConfigError as runtime_dir does, and when the path is longer than a Unix socket's may be.
     """
     chosen = os.environ.get("ACB_SOCKET")
-    path = Path(chosen) if chosen else runtime_dir() / f"broker{job_suffix()}.sock"
+    path = Path(chosen) if chosen else runtime_dir(make=make) / f"broker{job_suffix()}.sock"
     if len(os.fsencode(path)) > _SUN_PATH_MAX:
         raise ConfigError(
             f"the socket path {path} is longer than {_SUN_PATH_MAX} bytes; set ACB_RUNTIME_DIR to a shorter one"

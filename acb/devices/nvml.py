@@ -15,6 +15,10 @@ UNEVEN = 256 << 20
 _UNKNOWN = (1 << 64) - 1  # NVML_VALUE_NOT_AVAILABLE, which old bindings hand through
 
 
+NO_BINDING = "the package nvidia-ml-py is not installed"
+"""Why the GPUs cannot be asked where it is neither theirs nor the driver's fault."""
+
+
 class NvmlError(Exception):
     """The GPUs cannot be asked; one sentence says why."""
 
@@ -68,7 +72,7 @@ class Nvml:
         try:
             import pynvml
         except ImportError:
-            raise NvmlError("the package nvidia-ml-py is not installed") from None
+            raise NvmlError(NO_BINDING) from None
         self._pynvml: Any = pynvml
         self._handles: dict[str, Any] = {}
         try:

@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from broker_harness import wait_until
+from broker_harness import Peer, wait_until
 
 from acb.cli.acb.demo import NEEDS, PROGRAMS, scenes
 from acb.cli.acb.demo.progress import Progress
 from acb.cli.acb.demo.signals import Signals
 from acb.config import SimulatedSpec
+from acb.protocol import VERSION, Hello, Welcome
 from acb.workloads import fasta
 
 QUICK = ("--search-rounds", "1", "--relax-steps", "10", "--relax-rounds", "1")
@@ -108,6 +109,18 @@ with signals.Signals() as held, scenes.Stage(pathlib.Path.cwd(), SimulatedSpec((
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGTERM, "1 simulated GPU of 1MiB\n", "")
     assert processes_of(temporary) == []
     assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["SLURM_JOB_ID", "PJM_JOBID"])
+def test_a_demo_in_a_batch_job_finds_its_own_broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "77")
+    with scenes.Stage(tmp_path, SimulatedSpec((1 << 20,))) as stage:
+        stage.start_broker()
+        (socket,) = Path(stage.environment["ACB_RUNTIME_DIR"]).glob("*.sock")
+        with Peer(socket) as peer:
+            peer.send(Hello(VERSION, os.getpid(), "peer"))
+            assert isinstance(peer.receive(), Welcome)
+            assert [client["pid"] for client in scenes._ask(stage)] == [os.getpid()]
 
 
 def test_what_is_ignored_stays_ignored() -> None:

@@ -144,6 +144,8 @@ def test_the_probe_tries_the_driver(site: Site, card: dict[str, str]) -> None:
     assert broken["usable"] is True  # the other tiers remain
     assert broken["tiers"][1]["available"] is False
     assert "CUDA_ERROR_NOT_SUPPORTED" in broken["tiers"][1]["reason"]
+    (said,) = [check for check in broken["checks"] if check["subject"] == "driver" and check["section"] != "GPUs"]
+    assert "acb works all the same" in said["advice"]
 
 
 def test_a_full_disk_is_named(site: Site, small_disk: Path) -> None:
@@ -169,7 +171,23 @@ def test_the_broker_that_runs_is_shown(site: Site) -> None:
     site.gpu_assigner("start", "--simulate-gpus", "1x32MiB")
     answer = report(doctor(site, "--json"))
     assert answer["broker"]["devices"] == "1 simulated GPU of 32MiB"
+    log = site.directory / "broker.log"
+    assert log.exists()
+    assert (answer["broker"]["socket"], answer["broker"]["log"]) == (str(site.socket), str(log))
+    page = "".join(doctor(site).stdout.split())  # paths are folded
+    assert str(site.socket) in page
+    assert str(log) in page
     site.gpu_assigner("stop")
+
+
+def test_nothing_is_left_behind(site: Site) -> None:
+    before = sorted(site.directory.rglob("*"))
+    done = doctor(
+        site, "--json", ACB_RUNTIME_DIR=str(site.directory / "rt"), ACB_STATE_DIR=str(site.directory / "state")
+    )
+    assert done.returncode == 0
+    assert {check["subject"]: check["mark"] for check in report(done)["checks"]}["directory"] == "ok"
+    assert sorted(site.directory.rglob("*")) == before
 
 
 def test_no_framework_is_imported_and_other_environments_are_asked(site: Site) -> None:

@@ -143,6 +143,20 @@ def test_without_a_driver_it_matters_whether_there_is_a_gpu(tmp_path: Path) -> N
     assert gpus.checks(silent, {}, tmp_path)[0].mark == "fail"
 
 
+def test_a_missing_package_is_not_the_drivers_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    unasked = gpus.look()
+    pci(tmp_path, "0x10de", "0x030200")
+    assert "pip install nvidia-ml-py" in gpus.checks(unasked, {}, tmp_path)[0].advice
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidiactl").touch()
+    (check,) = gpus.checks(unasked, {}, tmp_path)
+    assert check.mark == "fail"
+    assert "nvidia-ml-py is not installed" in check.text
+    assert "pip install nvidia-ml-py" in check.advice
+    assert "nvidia-smi" not in check.advice
+
+
 @pytest.mark.parametrize(("vendor", "kind"), [("0x10de", "0x020000"), ("0x1002", "0x030000")])
 def test_other_devices_are_no_nvidia_gpus(tmp_path: Path, vendor: str, kind: str) -> None:
     pci(tmp_path, vendor, kind)
@@ -177,6 +191,31 @@ def test_tiers_without_a_gpu_or_a_framework() -> None:
     assert (framework.available, driver.available, hold.available) == (False, False, True)
     assert gpus.tiers(machine(H100), ["JAX"], Probe(True, "it works", 2.5))[1].available is True
     assert gpus.tiers(machine(H100), ["JAX"], Probe(False, "801"))[1] == gpus.Tier("driver", False, "tried: 801")
+
+
+@pytest.mark.parametrize(
+    ("problem", "driver", "words"),
+    [
+        ("unsupported", "580.95.05", "nothing mends that"),
+        ("unsupported", "575.57.08", "driver updated to 580"),
+        ("driver", "570.158.01", "driver updated to 580"),
+        ("forbidden", "580.95.05", "SYS_PTRACE"),
+        ("memory", "580.95.05", "free memory"),
+        ("timeout", "580.95.05", "acb doctor --probe"),
+        (None, "580.95.05", "nvidia-smi"),
+    ],
+)
+def test_a_probe_that_failed_comes_with_advice(problem: str | None, driver: str, words: str) -> None:
+    here = machine(H100, driver=driver)
+    failed = Probe(
+        False, "it went wrong", 3.0, steps=[] if problem is None else [{"op": "suspend", "problem": problem}]
+    )
+    check = only(gpus.tier_checks(gpus.tiers(here, ["PyTorch"], failed), here, failed), "driver")
+    assert (check.mark, check.text) == ("note", "tried: it went wrong")
+    assert words in check.advice
+    assert "acb works all the same" in check.advice
+    works = Probe(True, "it works", 2.5)
+    assert only(gpus.tier_checks(gpus.tiers(here, ["PyTorch"], works), here, works), "driver").advice == ""
 
 
 # --- frameworks -------------------------------------------------------------------------------------------------------
@@ -284,7 +323,7 @@ PATH = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), "/usr/bin", "
         ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, "variables", "ok"),
         ({"XLA_PYTHON_CLIENT_ALLOCATOR": "bfc"}, "JAX memory", "warn"),
         ({"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}, "variables", "ok"),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "a:1,expandable_segments:True"}, "PyTorch memory", "note"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "a:1,expandable_segments:True"}, "PyTorch memory", "warn"),
         ({"CUDA_MPS_PIPE_DIRECTORY": "/var/run/mps"}, "MPS", "warn"),
         ({"CUDA_MPS_PIPE_DIRECTORY": ""}, "variables", "ok"),
         ({"SLURM_JOB_ID": "17"}, "batch job", "ok"),
@@ -295,6 +334,31 @@ def test_settings_that_stand_in_the_way(tmp_path: Path, variables: dict[str, str
     check = only(environment.checks({**PATH, **variables}, tmp_path), subject)
     assert check.mark == mark
     assert check.mark in ("ok", "note") or check.advice
+
+
+def test_one_wrong_setting_hides_no_other(tmp_path: Path) -> None:
+    both = {
+        **PATH,
+        "TF_FORCE_UNIFIED_MEMORY": "1",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "x",
+        "XLA_CLIENT_MEM_FRACTION": "4",
+    }
+    checks = environment.checks(both, tmp_path)
+    assert only(checks, "XLA_PYTHON_CLIENT_MEM_FRACTION").advice == "unset XLA_PYTHON_CLIENT_MEM_FRACTION"
+    managed = only(checks, "JAX memory")
+    assert "TF_FORCE_UNIFIED_MEMORY=1 and XLA_CLIENT_MEM_FRACTION=4" in managed.text
+
+
+def test_expandable_segments_are_a_warning_that_says_what_is_known(tmp_path: Path) -> None:
+    for setting in ("expandable_segments:True", "expandable_segments:False"):
+        found = marks(environment.checks({**PATH, "PYTORCH_ALLOC_CONF": setting}, tmp_path))
+        assert found == ({"PyTorch memory": "warn"} if "True" in setting else {"variables": "ok"})
+    check = only(
+        environment.checks({**PATH, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}, tmp_path), "PyTorch memory"
+    )
+    assert "out of memory" in check.text
+    assert "not been tried" in check.text
+    assert "PYTORCH_ALLOC_CONF" in check.advice
 
 
 def test_a_running_mps_daemon_is_seen_without_its_variable(tmp_path: Path) -> None:
@@ -358,6 +422,17 @@ def test_no_broker_yet_is_fine(runtime: Path) -> None:
     assert report is None
     assert marks(checks) == {"directory": "ok", "broker": "ok"}
     assert "none runs yet" in only(checks, "broker").text
+    assert not runtime.exists()  # the doctor changes nothing
+
+
+def test_a_directory_that_cannot_be_made_is_a_failure(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime.touch()
+    (check,) = broker.look()[1]
+    assert (check.mark, "set ACB_RUNTIME_DIR" in check.advice) == ("fail", True)
+    monkeypatch.setenv("ACB_RUNTIME_DIR", f"{runtime}/in/rt")
+    _, checks = broker.look()
+    assert only(checks, "directory").mark == "fail"
+    assert "Not a directory" in only(checks, "directory").text
 
 
 def test_a_directory_open_to_others_is_a_failure_with_its_remedy(runtime: Path) -> None:

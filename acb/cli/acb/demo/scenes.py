@@ -42,7 +42,9 @@ class Stage:
         self.check = check
         self.gpu_words = describe_simulated(spec.capacities)
         self._runtime = tempfile.mkdtemp(prefix="acb-demo-")
-        self.environment = {**os.environ, **ONE_THREAD, "ACB_RUNTIME_DIR": self._runtime}
+        # Without the job's names: a broker in a batch job listens elsewhere in the directory than where it is asked.
+        outside = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PJM_"))}
+        self.environment = {**outside, **ONE_THREAD, "ACB_RUNTIME_DIR": self._runtime}
         self.environment["ACB_STATE_DIR"] = self._runtime
         for name in ("ACB_SOCKET", "ACB_DISABLE", "ACB_BROKER", "ACB_SIMULATED", "ACB_NAME", "JAX_PLATFORMS"):
             self.environment.pop(name, None)

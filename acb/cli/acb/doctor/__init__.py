@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     report, broker_checks = broker.look()
     checks: list[Check] = [
         *gpus.checks(machine, os.environ),
-        *gpus.tier_checks(tiers, machine),
+        *gpus.tier_checks(tiers, machine, probe),
         *frameworks.checks(found, bool(usable_gpus)),
         *environment.checks(os.environ),
         environment.injection(os.environ),
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
             "probe": None if probe is None else probe.as_json(),
             "environment": found,
             "host": host.facts(),
-            "broker": None if report is None else {key: report[key] for key in ("version", "pid", "devices")},
+            "broker": None if report is None else broker.facts(report),
             "checks": [check.as_json() for check in checks],
         }
         with page():

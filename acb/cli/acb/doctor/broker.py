@@ -23,8 +23,8 @@ _TIMEOUT = 2.0  # seconds for somebody to accept a connection
 def look() -> tuple[dict[str, Any] | None, list[Check]]:
     """What the running broker reports (None: none runs), and the checks."""
     try:
-        directory = runtime_dir()
-        path = socket_path()
+        directory = runtime_dir(make=False)
+        path = socket_path(make=False)
     except ConfigError as error:
         text, _, advice = str(error).rpartition("; ")
         if not text:
@@ -32,6 +32,10 @@ def look() -> tuple[dict[str, Any] | None, list[Check]]:
         return None, [Check(SECTION, "directory", "fail", text, advice)]
     report, broker = _broker(path)
     found = [_directory(directory, running=report is not None), broker]
+    if report is not None:
+        log = _log(path)
+        found.append(Check(SECTION, "socket", "ok", str(path)))
+        found.append(Check(SECTION, "log", "ok", "where it was started" if log is None else str(log)))
     leavings = stale(directory, None if report is None else path)
     if leavings:
         names = ", ".join(file.name for file in leavings)
@@ -44,6 +48,23 @@ def look() -> tuple[dict[str, Any] | None, list[Check]]:
     return report, found
 
 
+def facts(report: dict[str, Any]) -> dict[str, Any]:
+    """A running broker, as ``acb doctor --json`` prints it. `log`: null when it logs to where it was started."""
+    path = socket_path(make=False)
+    log = _log(path)
+    return {
+        **{key: report[key] for key in ("version", "pid", "devices")},
+        "socket": str(path),
+        "log": None if log is None else str(log),
+    }
+
+
+def _log(path: Path) -> Path | None:
+    """The log of the broker at this socket; None: it runs in the foreground, and has no file for it."""
+    log = path.with_suffix(".log")
+    return log if log.exists() else None
+
+
 def _directory(directory: Path, *, running: bool) -> Check:
     """Whether there is room for a broker's files and a simulated GPU; a broker that runs has made its own already."""
     problem = disk.obstacle(directory, SIZE)
@@ -52,6 +73,8 @@ def _directory(directory: Path, *, running: bool) -> Check:
             SECTION, "directory", "warn" if running else "fail", f"{directory} takes no new file: {problem}",
             "make room there, or set ACB_RUNTIME_DIR to another directory",
         )  # fmt: skip
+    if not directory.exists():
+        return Check(SECTION, "directory", "ok", f"{directory} will be made by what first needs it, yours alone")
     mode = stat.S_IMODE(directory.stat().st_mode)
     return Check(SECTION, "directory", "ok", f"{directory}, mode {mode:04o}, yours alone")
 

@@ -108,26 +108,27 @@ def _launcher(environ: Mapping[str, str]) -> list[Check]:
 
 
 def _managed_memory(environ: Mapping[str, str]) -> list[Check]:
+    found = []
     names = ["TF_FORCE_UNIFIED_MEMORY"] if environ.get("TF_FORCE_UNIFIED_MEMORY", "").lower() in _ON else []
     for name in _FRACTIONS:
         try:
             if float(environ.get(name) or 0) > 1:
                 names.append(name)
         except ValueError:
-            found = f"{name}={environ[name]!r} is not a number, and JAX will not start its GPU"
-            return [Check(SECTION, name, "warn", found, f"unset {name}")]
-    if not names:
-        return []
-    return [
-        Check(
-            SECTION,
-            "JAX memory",
-            "warn",
-            f"{' and '.join(f'{name}={environ[name]}' for name in names)}: JAX will use managed memory, which the "
-            f"driver cannot move off the GPU",
-            f"unset {' and '.join(names)}: under acb every program has the whole GPU's memory",
+            text = f"{name}={environ[name]!r} is not a number, and JAX will not start its GPU"
+            found.append(Check(SECTION, name, "warn", text, f"unset {name}"))
+    if names:
+        found.append(
+            Check(
+                SECTION,
+                "JAX memory",
+                "warn",
+                f"{' and '.join(f'{name}={environ[name]}' for name in names)}: JAX will use managed memory, which the "
+                f"driver cannot move off the GPU",
+                f"unset {' '.join(names)}: under acb every program has the whole GPU's memory",
+            )
         )
-    ]
+    return found
 
 
 def _jax_memory(environ: Mapping[str, str]) -> list[Check]:
@@ -159,15 +160,20 @@ def _jax_memory(environ: Mapping[str, str]) -> list[Check]:
 
 
 def _torch_allocator(environ: Mapping[str, str]) -> list[Check]:
+    """Expandable segments: acb's evacuator frees and allocates through PyTorch, and so ought to work on them, but that
+    was only read in PyTorch's source: freed chunks of theirs (2 or 20 MiB) go back to the driver once nothing is left
+    in them. Running out of memory while a segment is mapped can leave the process unable to allocate (pytorch#188008);
+    acb makes room after that error."""
     for name in _ALLOCATORS:
         if re.search(r"expandable_segments\s*:\s*true", environ.get(name, ""), re.IGNORECASE):
             return [
                 Check(
                     SECTION,
                     "PyTorch memory",
-                    "note",
-                    f"{name} has expandable_segments: acb has not been tried with them",
-                    f"if a program keeps memory that it should have given up, take it out of {name}",
+                    "warn",
+                    f"{name} has expandable_segments: a program that runs out of memory with them may break before "
+                    f"acb can make room (pytorch#188008), and moving them off a GPU has not been tried",
+                    f"take expandable_segments out of {name}",
                 )
             ]
     return []

@@ -13,7 +13,7 @@ from acb.broker.checkpointing import Helper
 from acb.cli.acb.doctor.check import Check, Mark
 from acb.config import format_size
 from acb.devices.checkpoint_probe import Probe
-from acb.devices.nvml import Device, Nvml, NvmlError, Settings, mig_obstacle
+from acb.devices.nvml import NO_BINDING, Device, Nvml, NvmlError, Settings, mig_obstacle
 
 SECTION, TIERS = "GPUs", "Moving memory off a GPU"
 
@@ -25,6 +25,9 @@ REPORTED_GOOD = (575, 57)
 
 PROBE_PATIENCE = 180.0
 """Seconds until a probe is given up: it starts CUDA in two processes."""
+
+MIGRATION_SINCE = 580
+"""What to update to: a driver of this branch also brings a program back on another GPU of the same kind."""
 
 SIMULATE = "to try acb on a simulated one: acb-launch --simulate-gpus 1x2GiB python train.py"
 
@@ -139,7 +142,9 @@ def _no_driver(problem: str, root: Path) -> Check:
             "driver",
             "fail",
             f"the NVIDIA driver is loaded, but {problem}",
-            "run nvidia-smi: it fails in the same way and says more; after a driver update, restart the machine",
+            "acb asks the driver by it: pip install nvidia-ml-py"
+            if problem == NO_BINDING
+            else "run nvidia-smi: it fails in the same way and says more; after a driver update, restart the machine",
         )
     if any(_is_gpu(device) for device in _listed(root / "sys/bus/pci/devices")):
         return Check(
@@ -147,7 +152,8 @@ def _no_driver(problem: str, root: Path) -> Check:
             "driver",
             "warn",
             f"an NVIDIA GPU is plugged in, but not at hand: {problem}",
-            f"install the driver, or start this container with its GPUs; {SIMULATE}",
+            ("pip install nvidia-ml-py; if that is not all: " if problem == NO_BINDING else "")
+            + f"install the driver, or start this container with its GPUs; {SIMULATE}",
         )
     cause = problem.removeprefix("no NVIDIA GPU can be used here ").strip("()")
     return Check(SECTION, "GPU", "note", f"none of NVIDIA's here ({cause}); simulated ones are available", SIMULATE)
@@ -280,16 +286,34 @@ def _numbers(version: str | None) -> tuple[int, ...]:
     return tuple(int(part) for part in (version or "").split(".") if part.isdigit())
 
 
-def tier_checks(found: Sequence[Tier], machine: Machine) -> list[Check]:
-    """The tiers as lines of the checklist."""
+def tier_checks(found: Sequence[Tier], machine: Machine, probed: Probe | None = None) -> list[Check]:
+    """The tiers as lines of the checklist. `probed`: as for tiers()."""
     lines = []
     for tier in found:
         advice = ""
         if tier.available is None:
             advice = "to try it, on a throw-away process: acb doctor --probe"
+        elif tier.name == "driver" and probed is not None and not probed.works:
+            advice = f"{_remedy(probed, machine)}; without this tier, acb works all the same"
         elif tier.name == "driver" and not tier.available and machine.usable() and "too old" in tier.reason:
             advice = f"have the NVIDIA driver updated to {REPORTED_GOOD[0]} or newer; without, acb works all the same"
         elif tier.name == "framework" and not tier.available:
             advice = "programs in other environments use theirs; look there with: acb doctor --python FILE"
         lines.append(Check(TIERS, tier.name, "ok" if tier.available else "note", tier.reason, advice))
     return lines
+
+
+def _remedy(failed: Probe, machine: Machine) -> str:
+    """What can be done about a driver tier that was tried in vain."""
+    if not failed.steps:  # nothing was suspended: there was no process to do it to, or none to do it
+        return "see whether nvidia-smi shows the GPU in order, and try again"
+    problem = failed.steps[-1].get("problem")
+    if problem == "forbidden":
+        return "if this is a container, start it with --cap-add SYS_PTRACE; if not: sysctl kernel.yama.ptrace_scope=0"
+    if problem == "memory":
+        return "free memory on the GPU and on the host, and try again"
+    if problem in ("timeout", "room", "helper"):
+        return "try again when the GPU is idle: acb doctor --probe"
+    if _numbers(machine.driver)[:1] < (MIGRATION_SINCE,):
+        return f"have the NVIDIA driver updated to {MIGRATION_SINCE} or newer, and try again"
+    return "nothing mends that but another driver or GPU"
