@@ -48,13 +48,14 @@ def stopped(pid: int) -> bool:
     return _stat(pid)[:1] in ([b"T"], [b"t"])
 
 
-def ending(pid: int) -> int | None:
+def ending(pid: int, *, running: bool = False) -> int | None:
     """A file descriptor that becomes readable when a process that is just ending has ended, with all that it held.
 
     None: it has already, or it is not ending at all. (Its connections may be closed before its GPU memory is free.)
+    `running`: the same of one that is not ending yet.
     """
     fields = _stat(pid)
-    if not fields or not (fields[0] in (b"Z", b"X") or int(fields[6]) & _EXITING):
+    if not fields or not (running or fields[0] in (b"Z", b"X") or int(fields[6]) & _EXITING):
         return None
     try:
         descriptor = os.pidfd_open(pid)

@@ -18,6 +18,7 @@ from typing import Protocol
 from acb import processes
 from acb._version import __version__
 from acb.broker import report
+from acb.broker.connection import Connection
 from acb.broker.core import Broker, Client, Gpu, Send
 from acb.broker.drivertier import Done, DriverTier
 from acb.broker.history import History
@@ -47,7 +48,6 @@ from acb.protocol import (
     Restored,
     Yield,
     decode,
-    encode,
 )
 
 RECOVERY = 5.0
@@ -140,9 +140,11 @@ class Server:
         self._history.check()
         try:
             while not self._stopping:
-                for descriptor, _ in self._poller.poll(self._timeout()):
+                for descriptor, events in self._poller.poll(self._timeout()):
                     connection = self._by_descriptor.get(descriptor)
                     if connection is not None:
+                        if events & select.EPOLLOUT:
+                            connection.flush()
                         self._readable(connection)
                     elif descriptor == self._listener.fileno():
                         self._accept()
@@ -306,11 +308,10 @@ class Server:
                     accepted.close()
                     continue
                 accepted.setblocking(False)
-                connection = Connection(self._next_id, accepted, pid)
+                connection = Connection(self._next_id, accepted, pid, self._poller)
                 self._next_id += 1
                 self._connections[connection.id] = connection
                 self._by_descriptor[accepted.fileno()] = connection
-                self._poller.register(accepted, select.EPOLLIN)
 
     def _drop_silent(self) -> bool:
         """Make place by dropping the oldest connection that has not said hello; False when there is none."""
@@ -343,7 +344,8 @@ class Server:
         self._take(connection, message)
         return True
 
-    def _drop(self, connection: Connection) -> None:
+    def _drop(self, connection: Connection, *, runs_on: bool = False) -> None:
+        """End a connection. `runs_on`: its process may, and keeps what it has until it ends or says hello again."""
         if self._connections.pop(connection.id, None) is None:
             return
         self._poller.unregister(connection.socket)
@@ -353,7 +355,7 @@ class Server:
             self._full = False
             self._poller.register(self._listener, select.EPOLLIN)
         if connection.id in self._core.clients:
-            descriptor = processes.ending(connection.pid)
+            descriptor = processes.ending(connection.pid, running=runs_on)
             if descriptor is None:
                 self._forget(connection)
             else:  # what it has on the GPU is only free when it has ended altogether
@@ -440,11 +442,14 @@ class Server:
         for former in [c for c in self._connections.values() if c.pid == connection.pid and c.id < connection.id]:
             while former.id in self._connections and self._readable(former):
                 pass
+        for descriptor, former in list(self._ending.items()):
+            if former.pid == connection.pid and processes.start_time(former.pid) is not None:
+                self._ended(descriptor)  # it was dropped, and runs on
 
     def _deliver(self, sends: list[Send]) -> None:
         """Tell the devices who may use them, then the clients what they are to do."""
         self._tell_referees()
-        leaving = []
+        leaving: list[tuple[Connection, bool]] = []
         for send in sends:
             connection = self._connections.get(send.client)
             if connection is None:
@@ -459,11 +464,14 @@ class Server:
             self._metrics.sent(send.message, client.granted_at - client.asked_at if client else 0.0)
             if not sent:
                 log(f"process {connection.pid} does not read what it is sent and is disconnected")
-                leaving.append(connection)
+                leaving.append((connection, True))
             elif client is None and isinstance(send.message, Refused):
-                leaving.append(connection)
-        for connection in leaving:  # only now: what follows from it is to be said after all that was decided before
-            self._drop(connection)
+                leaving.append((connection, False))
+        for (
+            connection,
+            deaf,
+        ) in leaving:  # only now: what follows from it is to be said after all that was decided before
+            self._drop(connection, runs_on=deaf)
 
     def _drive(self, driver: DriverTier, connection: Connection, message: Suspend | Resume) -> None:
         client = self._core.clients[connection.id]
@@ -482,27 +490,6 @@ class Server:
                 if gpu.ordinal in self._referees:
                     pids = [self._core.clients[number].pid for number in sorted(gpu.holders)]
                     self._referees[gpu.ordinal].set_holders(pids)
-
-
-class Connection:
-    """One peer: a client, or somebody at the command line."""
-
-    def __init__(self, number: int, accepted: socket.socket, pid: int) -> None:
-        self.id = number
-        self.socket = accepted
-        self.pid = pid
-
-    def send(self, message: Message) -> bool:
-        """Send without waiting; False when the peer has let its buffer fill up."""
-        try:
-            self.socket.send(encode(message))
-        except BlockingIOError:
-            return False
-        except ProtocolError as error:
-            log(f"process {self.pid} is not answered: {error}")
-        except OSError:
-            pass  # it is dead, which reading will show
-        return True
 
 
 def _is_readable(listener: socket.socket) -> bool:

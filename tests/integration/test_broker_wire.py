@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from broker_harness import MIB, Peer, Site, wait_until
 
+from acb import processes
 from acb.protocol import (
     MAX_PACKET,
     VERSION,
@@ -40,6 +41,24 @@ from acb.protocol import (
 )
 
 HELLO = Hello(VERSION, os.getpid(), "peer")
+
+
+DEAF = """
+import os, socket, sys, time
+from acb.protocol import VERSION, Hello, MoreRoom, Request, encode
+peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+peer.connect(sys.argv[1])
+for message in (Hello(VERSION, os.getpid(), "deaf"), Request()):
+    peer.send(encode(message))
+    peer.recv(1 << 17)
+try:
+    while True:
+        peer.send(encode(MoreRoom(0, 5)))  # each is answered
+except ConnectionError:
+    print("disconnected", flush=True)
+time.sleep(600)
+"""
+"""A client that has the lease, does not read what it is told, and lives on when it is disconnected."""
 
 
 def welcome(site: Site, name: str = "peer", **facts: object) -> Peer:
@@ -244,6 +263,55 @@ def test_who_does_not_read_is_disconnected_and_holds_nobody_up(site: Site) -> No
         works(site)
     assert "does not read" in site.broker_log()
     works(site)
+
+
+def test_who_does_not_read_keeps_what_it_has_until_it_ends(site: Site) -> None:
+    site.start()
+    command = [sys.executable, "-c", DEAF, str(site.socket)]
+    deaf = subprocess.Popen(command, env=site.environment(), stdout=subprocess.PIPE)
+    try:
+        assert deaf.stdout is not None
+        assert deaf.stdout.readline() == b"disconnected\n"
+        wait_until("the broker to say so", lambda: "does not read" in site.broker_log())
+        with welcome(site) as other:
+            other.send(Request())
+            clients = (site.report() or {})["clients"]
+            assert {client["pid"]: client["state"] for client in clients} == {
+                deaf.pid: "running",
+                os.getpid(): "waiting",
+            }
+            deaf.kill()
+            assert isinstance(other.receive(), Grant)
+    finally:
+        deaf.kill()
+        deaf.communicate()
+
+
+def test_a_stopped_holder_keeps_its_lease_however_many_come_and_give_up(site: Site) -> None:
+    """Each time it is told, more than fits its socket; when it goes on, it knows how things stand."""
+    site.start()
+    program = site.program()
+    program.do("enter")
+    program.do("add", "data", 16 * MIB)
+    program.send_signal(signal.SIGSTOP)
+    wait_until("it to be stopped", lambda: processes.stopped(program.pid))
+    for _ in range(400):
+        with welcome(site) as passer_by:
+            passer_by.send(Request())
+            passer_by.send(AskStatus())
+            assert isinstance(passer_by.receive(), Status), "nobody else is given the GPU"
+    assert site.client(program)["state"] == "running"
+    with welcome(site) as other:
+        other.send(Request())
+        program.send_signal(signal.SIGCONT)
+        program.do("operate")
+        program.do("leave")
+        assert isinstance(other.receive(), Grant)
+        other.send(Yield(0))
+    program.do("enter")
+    program.do("operate")
+    assert "disconnected" not in site.broker_log()
+    assert site.violations() == []
 
 
 def test_who_asks_for_the_status_and_does_not_read_it(site: Site) -> None:
