@@ -25,6 +25,7 @@ Its state:
   suspended   its memory is on the host by way of the CUDA driver, which stops it at its next GPU call
   detached    it has nothing on a GPU, and wants nothing
   stopped     it holds the GPU or is to move its memory, and its process is stopped, by Ctrl-Z say
+  silent      it was there under the broker before, and has not told this one what it holds, which is kept for it
 """
 
 from __future__ import annotations
@@ -77,6 +78,11 @@ def _show(report: dict[str, Any]) -> None:
         sizes = (format_size(gpu[key]) for key in ("capacity", "headroom", "resident"))
         gpus.add_row(str(gpu["ordinal"]), *sizes, holders)
     console.print(gpus)
+    if report.get("awaited"):
+        who = ", ".join(map(str, report["awaited"]))
+        console.print(
+            f"Nothing is lent for some seconds, for these to say what they hold: process {who}", soft_wrap=True
+        )
     if not report["clients"]:
         console.print("No program is connected.")
         return
@@ -110,6 +116,8 @@ def _show(report: dict[str, Any]) -> None:
 
 def _state(client: dict[str, Any]) -> str:
     """The core's word, or what matters more to a person."""
+    if client.get("absent"):
+        return "silent"
     if client["stopped"]:
         return "stopped"
     return "suspended" if client["suspended"] and client["state"] == "evacuated" else str(client["state"])
@@ -122,7 +130,9 @@ def _remarks(client: dict[str, Any]) -> Iterator[str]:
         yield f"process {pid} could not be evacuated: {client['unmovable']}"
     if client["stranded"]:
         yield client["stranded"]
-    if client["stopped"]:
+    if client.get("absent"):
+        yield client["absent"]
+    elif client["stopped"]:
         yield f"process {pid} is stopped; let it go on with fg in its shell, or with: kill -CONT {pid}"
 
 
