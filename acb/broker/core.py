@@ -63,6 +63,7 @@ class Broker:
         self.programs = programs or Programs()
         self.clients: dict[int, Client] = {}
         self.recovering: set[int] = set()
+        self._absent: dict[int, Client] = {}  # by process
         self._narrow = False  # some holders may have been promised less than they should have
         self._by_ordinal = {gpu.ordinal: gpu for gpu in gpus}
         self._log: deque[tuple[float | None, int, Message | str]] = deque(maxlen=200)
@@ -192,13 +193,28 @@ class Broker:
         return self._finish(now)
 
     def recover(self, pids: set[int]) -> None:
-        """Grant nothing until these processes, clients of a broker that died, have said hello or recovered() has."""
+        """Grant nothing until each of these processes, clients of a broker that died, has said hello, or has been given
+        up by recovered() or absent()."""
         self.recovering = set(pids)
 
     def recovered(self, pids: set[int], now: float) -> list[Send]:
-        """Wait no longer for these processes: they are dead, or have had their time."""
+        """Wait no longer for these processes: they are dead, or hold nothing."""
         self._log.append((now, 0, f"recovered {sorted(pids)}"))
         self.recovering -= pids
+        self.scheduler.touch_all()
+        return self._finish(now)
+
+    def absent(self, client_id: int, hello: Hello, now: float, found: Found | None = None) -> list[Send]:
+        """Wait no longer for a process that lives and does not speak: what it may hold is kept for it.
+
+        `hello` is what it would say, as far as others know. It is nobody's client to send anything to; its own hello
+        takes its place, and gone() ends it.
+        """
+        self._log.append((now, client_id, hello))
+        self._hello(client_id, hello, now, found)
+        client = self.clients[client_id]
+        client.absent, self._absent[client.pid] = True, client
+        self._room.cannot_move(client, "")
         self.scheduler.touch_all()
         return self._finish(now)
 
@@ -234,6 +250,10 @@ class Broker:
         if client_id in self.clients:
             self._send(client_id, Refused("a second hello on one connection"))
             return
+        former = self._absent.get(hello.pid)
+        if former is not None:
+            del self.clients[former.id]
+            self._leave(former, now)
         profile = Profile(self.programs[hello.program or hello.name], hello.arguments)
         client = Client(client_id, hello.pid, hello.name, profile, max(0, hello.memory_hint), chosen=hello.chosen)
         client.came_at = client.yielded_at = now
@@ -261,7 +281,9 @@ class Broker:
     def _leave(self, client: Client, now: float) -> None:
         """It is gone: nothing of it remains, but what was learned."""
         unit, gpus = client.unit, client.gpus
-        if client.peak and client.steady < STEADY:
+        if client.absent:
+            del self._absent[client.pid]
+        elif client.peak and client.steady < STEADY:
             client.profile.settled(client.peak)
         client.lease = client.waiting = False
         client.resident = 0

@@ -82,6 +82,7 @@ def _client(client: Client, broker: Broker) -> None:
         assert migration.alike(client.origin, client.gpus[0]), "the driver cannot bring it there"
         assert client.origin is not client.gpus[0], "comes from where it is"
         assert not client.chosen or client.stays, "is taken from the GPU that its user has chosen"
+    assert not client.absent or not client.evacuating or client.suspending, "is asked, and cannot hear"
     assert not client.in_pieces or client.evacuating, "is done, and still evacuates"
     assert not client.promised or client.lease, "was promised room without a lease"
     assert not client.promised or client.promised > client.headroom, "was promised what it has"

@@ -69,6 +69,13 @@ class Meter:
                     pass  # look() will tell
         return {client.id: nbytes for client, nbytes in _held(clients.values(), answers)}
 
+    def holds(self, gpu: Gpu, pid: int) -> int | None:
+        """The bytes that a process has on the GPU at this moment; None: the device does not say."""
+        try:
+            return self._processes(gpu.visible).get(pid, 0)
+        except Exception:  # whatever a driver does, the broker goes on
+            return None
+
     def news(self) -> list[str]:
         """Which GPUs do not answer any more, or do again, since this was last asked: sentences for a person."""
         news, self._news = self._news, []

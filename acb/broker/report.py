@@ -8,11 +8,15 @@ from typing import Any
 
 from acb import processes
 from acb._version import __version__
+from acb.broker import recovery
 from acb.broker.core import Broker, Client, Gpu
 from acb.protocol import MAX_PACKET, VERSION, Status
 
 STATUS_SIZE = MAX_PACKET * 3 // 4
 """Bytes of clients in a status packet; the rest of the report fits beside them."""
+
+AWAITED = 100
+"""Processes that are named as such for which a new broker waits."""
 
 REASON_LENGTH = 200
 """Characters of why a client could not be evacuated."""
@@ -31,6 +35,7 @@ def status(core: Broker, head: dict[str, Any], after: int, now: float, held: Map
             "protocol": VERSION,
             "scheduler": core.policy.name,
             "gpus": [_gpu(gpu, core, held) for gpu in core.gpus],
+            "awaited": sorted(core.recovering)[:AWAITED],
             **head,
         }
     clients: list[dict[str, Any]] = []
@@ -84,9 +89,10 @@ def _client(client: Client, now: float, held: Mapping[int, int]) -> dict[str, An
         "state_s": round(now - _since(client), 3),
         "revoked": client.revoked,
         "suspended": client.suspended,
-        "stopped": (client.lease or client.evacuating) and processes.stopped(client.pid),
+        "stopped": (client.lease or client.evacuating or client.absent) and processes.stopped(client.pid),
         "unmovable": printable(client.unmovable[:REASON_LENGTH]) or None,
         "stranded": client.stranded or None,
+        "absent": recovery.words(client) if client.absent else None,
     }
 
 

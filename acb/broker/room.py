@@ -78,7 +78,8 @@ class Room:
 
     def cannot_move(self, client: Client, reason: str) -> None:
         """The client could not be evacuated; '': it can."""
-        client.unmovable, client.stuck = reason, bool(reason) and not (self.driver and not client.driver_problem)
+        client.unmovable = reason
+        client.stuck = client.absent or (bool(reason) and not (self.driver and not client.driver_problem))
         if reason:
             self.unmovable[client.id] = client
         else:
@@ -124,6 +125,8 @@ class Room:
             peak = known
         floor = self.floor(client)
         most = gpu.capacity - left_behind
+        if staying and floor > most:  # who is absent comes back, or ends: what is known to be needed is waited for
+            most = min(floor, most + sum([o.resident for o in gpu.occupants.values() if o.absent and not o.lease]))
         if self.driver and floor > most:
             # Contexts, too, can make way, where they must: those that the driver has not failed to move.
             others = [other for other in gpu.occupants.values() if other is not client and other.driver_problem]
@@ -153,6 +156,7 @@ class Room:
         if want <= room:
             return False
         movable = [o for o in others if o.resident and not (o.lease or o.evacuating or o.emptied or o.unmovable)]
+        movable = [o for o in movable if not o.absent]  # nobody would hear
         for victim in self._policy.victims(movable, now):
             if want <= room:
                 break
@@ -204,8 +208,13 @@ class Room:
         sums = []
         for gpu in client.gpus:
             others = [o for o in gpu.occupants.values() if o is not client and not (o.lease or o.evacuating)]
-            sums.append(sum([o.resident for o in others if not (o.emptied or o.unmovable)]))
+            sums.append(sum([o.resident for o in others if not (o.emptied or o.unmovable or o.absent)]))
         return max(sums, default=0)
+
+    @staticmethod
+    def awaited(gpu: Gpu) -> bool:
+        """Whether there is somebody's memory of whom it is not known whether it can be evacuated: he has not spoken."""
+        return any(other.absent and not other.lease and not other.suspending for other in gpu.occupants.values())
 
     def coming(self, gpu: Gpu, client: Client) -> bool:
         """Whether others are being evacuated from the GPU."""

@@ -280,7 +280,7 @@ class Scheduler:
             client.headroom = max(client.headroom, wanted)
             self._room.settle(client)
             self._send(client.id, RoomAnswer(True))
-        elif any(self._room.coming(gpu, client) for gpu in client.gpus):
+        elif any(self._room.coming(gpu, client) or self._room.awaited(gpu) for gpu in client.gpus):
             return
         else:
             reason = (

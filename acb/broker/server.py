@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import select
 import signal
 import socket
 import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 from acb import processes
 from acb._version import __version__
@@ -28,30 +28,24 @@ from acb.broker.log import log, log_event
 from acb.broker.meter import Meter
 from acb.broker.metrics import Metrics
 from acb.broker.policies import POLICIES
+from acb.broker.recovery import Recovery
+from acb.broker.referees import Referee, Referees
 from acb.broker.state import Found, Resume, Suspend
 from acb.broker.stopped import Stopped, words
 from acb.protocol import (
     MAX_PACKET,
     AskStatus,
     AskStop,
-    Evacuated,
     Goodbye,
     Grant,
     Hello,
-    Holds,
     Message,
-    MoreRoom,
     Ping,
     Pong,
     ProtocolError,
     Refused,
-    Restored,
-    Yield,
     decode,
 )
-
-RECOVERY = 5.0
-"""Seconds that a new broker waits for the clients of one that died, before it lends their GPU to others."""
 
 NAME_LENGTH = 64
 """Characters of a program's name."""
@@ -66,16 +60,6 @@ LAST_WORDS = 16
 """Packets that the broker still takes from each client when it ends."""
 
 
-class Referee(Protocol):
-    """What the server tells a device of its leases, and asks it; the simulated card checks every operation."""
-
-    def set_holders(self, pids: Iterable[int] | None) -> None:
-        """These processes, and no others, may use the GPU from now on; None: there is no broker any more."""
-
-    def holds(self, pid: int) -> int:
-        """Bytes that a process has there at this moment, whatever it says itself."""
-
-
 class Server:
     """Listens at `path` for the GPUs given. serve() returns when it is told to stop."""
 
@@ -84,34 +68,37 @@ class Server:
         path: Path,
         gpus: Sequence[Gpu],
         journal: Journal,
-        referees: Sequence[Referee] = (),
+        cards: Sequence[Referee] = (),
         scheduler: str = "fifo",
         quantum: float | None = None,
         description: str = "",
         history: History | None = None,
         driver: DriverTier | None = None,
         meter: Meter | None = None,
+        pool: str = "",
     ) -> None:
+        """`pool`: the folder of the GPUs, if they are simulated."""
         self._path = path
         self._history = history or History(None)
         self._core = Broker(gpus, POLICIES[scheduler](quantum), self._history.programs)
         self._journal = journal
         self._driver = driver
         self._meter = meter
+        self._referees = Referees(self._core, cards, meter, journal, pool)
         self._liveness = Liveness()
         self._stopped = Stopped()
-        self._referees = {gpu.ordinal: referee for gpu, referee in zip(gpus, referees, strict=False)}
         self._metrics = Metrics()
         self._description = description
         self._started = time.monotonic()
         self._connections: dict[int, Connection] = {}
-        self._next_id = 1
+        self._ids = itertools.count(1)
         self._poller = select.epoll()
         self._by_descriptor: dict[int, Connection] = {}
         self._buffer = memoryview(bytearray(MAX_PACKET + 1))
         self._stopping = ""  # by what
-        self._recover_until: float | None = None
-        self._holders: list[set[int] | None] = [None for _ in gpus]  # as the referees were told; None: not yet
+        self._recovery = Recovery(
+            self._core, journal, pool, self._referees.holds, lambda: next(self._ids), driver=driver is not None
+        )
         self._ending: dict[int, Connection] = {}  # by a descriptor that tells of the end of a client's process
         self._driver_off = False
         self._failures: dict[int, str] = {}  # of clients, by id: why the driver could not do what was last asked of it
@@ -130,11 +117,8 @@ class Server:
         if self._driver is not None:
             self._poller.register(self._driver, select.EPOLLIN)
             self._core.driver_tier(True, time.monotonic(), migrates=self._driver.migrates)
-        survivors = self._journal.survivors()
-        if survivors:
-            self._core.recover(survivors)
-            self._recover_until = time.monotonic() + RECOVERY
-        self._tell_referees()
+        self._recovery.begin(time.monotonic())
+        self._referees.tell(self._recovery.silent_holders())
         what = f"{self._description}, {as_typed(self._journal.options)}"
         log_event("started", f"version {__version__}, process {os.getpid()}, {what}, at {self._path}")
         self._history.check()
@@ -153,8 +137,7 @@ class Server:
                     elif descriptor == wake_read:
                         os.read(wake_read, 4096)
                     # Else it was closed on behalf of an earlier one of these.
-                if self._recover_until is not None:
-                    self._check_recovery()
+                self._check_recovery()
                 if self._driver is not None:
                     self._check_driver(self._driver)
                 if self._meter is not None:
@@ -193,8 +176,7 @@ class Server:
         for connection in list(self._connections.values()):
             connection.send(Goodbye(os.getpid()))
             connection.socket.close()
-        for referee in self._referees.values():
-            referee.set_holders(None)
+        self._referees.dismiss()
         self._history.save()
         if self._driver is not None:
             self._driver.close()
@@ -213,11 +195,9 @@ class Server:
         look_at = self._meter.due(self._core.gpus, self._core.clients) if self._meter is not None else None
         ask_at = self._liveness.due(self._core.suspended_clients)
         stopped = self._stopped.due(self._core.gpus, time.monotonic())
-        wakes = [moment for moment in (wake_at, due, look_at, ask_at, stopped) if moment is not None]
-        left = max(0.0, min(wakes) - time.monotonic()) if wakes else None
-        if self._recover_until is not None:
-            return 0.05 if left is None else min(0.05, left)
-        return left
+        recovers = self._recovery.due()
+        wakes = [moment for moment in (wake_at, due, look_at, ask_at, stopped, recovers) if moment is not None]
+        return max(0.0, min(wakes) - time.monotonic()) if wakes else None
 
     def _check_driver(self, driver: DriverTier) -> None:
         """Tell the core what the driver has done; does not wait."""
@@ -272,15 +252,14 @@ class Server:
                 self._deliver(self._core.blocked(number, now))
 
     def _check_recovery(self) -> None:
-        """The clients of a broker that died: stop waiting for those that are dead too, and for all after a while."""
-        assert self._recover_until is not None
-        waited_for = set(self._core.recovering)
-        if time.monotonic() < self._recover_until:
-            waited_for -= self._journal.survivors()
-        if waited_for:
-            self._deliver(self._core.recovered(waited_for, time.monotonic()))
-        if not self._core.recovering:
-            self._recover_until = None
+        """The clients of the broker before, that have not spoken."""
+        now, due = time.monotonic(), self._recovery.due()
+        if due is not None and due <= now:
+            self._recovery.look(now, self._deliver, self._find)
+
+    def _find(self, client: int, pid: int) -> None:
+        if self._driver is not None:
+            self._driver.find(client, pid)
 
     # --- connections -----------------------------------------------------------------------------------------------
 
@@ -308,8 +287,7 @@ class Server:
                     accepted.close()
                     continue
                 accepted.setblocking(False)
-                connection = Connection(self._next_id, accepted, pid, self._poller)
-                self._next_id += 1
+                connection = Connection(next(self._ids), accepted, pid, self._poller)
                 self._connections[connection.id] = connection
                 self._by_descriptor[accepted.fileno()] = connection
 
@@ -386,7 +364,7 @@ class Server:
                 "options": self._journal.options,
                 "totals": self._metrics.report(),
             }
-            connection.send(report.status(self._core, head, message.after, time.monotonic(), self._held()))
+            connection.send(report.status(self._core, head, message.after, time.monotonic(), self._referees.held()))
         elif isinstance(message, AskStop):
             connection.send(Goodbye(os.getpid()))
             self._stopping = "by gpu_assigner stop"
@@ -402,38 +380,20 @@ class Server:
                 message = replace(message, pid=connection.pid, name=name, program=program, arguments=arguments)
                 kept = self._journal.suspended(connection.pid) if self._driver is not None else None
             else:
-                message = self._corrected(connection, message)
+                message = self._referees.corrected(self._core.clients.get(connection.id), message)
             found = Found(kept.nbytes, kept.target) if kept is not None else None
             self._deliver(self._core.handle(connection.id, message, time.monotonic(), found))
             self._metrics.received(message)
             if isinstance(message, Hello) and connection.id in self._core.clients:
                 self._journal.came(connection.pid)
+                self._recovery.spoke(connection.pid)
+                self._referees.note_place(self._core.clients[connection.id])
                 if stranded := self._core.clients[connection.id].stranded:
                     log(stranded)
                 if kept is not None and self._driver is not None and self._core.in_doubt(connection.id):
                     self._driver.find(connection.id, connection.pid)
                 elif self._core.clients[connection.id].lease:
                     self._journal.resumed(connection.pid)  # it runs
-
-    def _held(self) -> dict[int, int]:
-        """Bytes that clients, by id, have on the GPU now, as far as the devices say: the books lag behind a holder."""
-        if self._meter is not None:
-            return self._meter.held(self._core.gpus, self._core.clients)
-        held: dict[int, int] = {}
-        for client in self._core.clients.values() if self._referees else ():
-            sizes = [self._referees[gpu.ordinal].holds(client.pid) for gpu in client.gpus]
-            held |= {client.id: max(sizes)} if sizes else {}
-        return held
-
-    def _corrected(self, connection: Connection, message: Message) -> Message:
-        """The message with what the device says that the client has there, where it can say."""
-        if isinstance(message, (Yield, Evacuated, Restored, Holds, MoreRoom)) and self._referees:
-            client = self._core.clients.get(connection.id)
-            gpus = client.gpus if client is not None else []
-            held = [self._referees[gpu.ordinal].holds(connection.pid) for gpu in gpus if gpu.ordinal in self._referees]
-            if held and max(held) != message.resident:
-                return replace(message, resident=max(held))
-        return message
 
     def _finish_former(self, connection: Connection) -> None:
         """A process says hello again: what its former connection still has, its end above all, came before that."""
@@ -448,19 +408,22 @@ class Server:
 
     def _deliver(self, sends: list[Send]) -> None:
         """Tell the devices who may use them, then the clients what they are to do."""
-        self._tell_referees()
+        self._referees.tell(self._recovery.silent_holders())
         leaving: list[tuple[Connection, bool]] = []
         for send in sends:
+            client = self._core.clients.get(send.client)
             connection = self._connections.get(send.client)
+            if connection is None and (client is None or not client.absent):
+                continue
+            if self._driver is not None and client is not None and isinstance(send.message, (Suspend, Resume)):
+                self._drive(self._driver, client, send.message)
+                continue
+            if client is not None and isinstance(send.message, Grant):
+                self._journal.resumed(client.pid)  # whatever was noted is over
+                self._referees.note_place(client)
             if connection is None:
                 continue
-            if self._driver is not None and isinstance(send.message, (Suspend, Resume)):
-                self._drive(self._driver, connection, send.message)
-                continue
-            if isinstance(send.message, Grant):
-                self._journal.resumed(connection.pid)  # whatever was noted is over
             sent = connection.send(send.message)
-            client = self._core.clients.get(send.client)
             self._metrics.sent(send.message, client.granted_at - client.asked_at if client else 0.0)
             if not sent:
                 log(f"process {connection.pid} does not read what it is sent and is disconnected")
@@ -473,23 +436,13 @@ class Server:
         ) in leaving:  # only now: what follows from it is to be said after all that was decided before
             self._drop(connection, runs_on=deaf)
 
-    def _drive(self, driver: DriverTier, connection: Connection, message: Suspend | Resume) -> None:
-        client = self._core.clients[connection.id]
+    @staticmethod
+    def _drive(driver: DriverTier, client: Client, message: Suspend | Resume) -> None:
         if isinstance(message, Resume):
             driver.resume(client.id, client.pid, message.source, message.target)
         else:
             needs = {gpu.visible: client.resident for gpu in client.gpus}
             driver.suspend(client.id, client.pid, client.resident, needs)
-
-    def _tell_referees(self) -> None:
-        for index, gpu in enumerate(self._core.gpus):
-            if self._holders[index] is None and self._core.recovering and not gpu.holders:
-                continue  # who held the lease of the broker that died may run on meanwhile
-            if gpu.holders != self._holders[index]:
-                self._holders[index] = set(gpu.holders)
-                if gpu.ordinal in self._referees:
-                    pids = [self._core.clients[number].pid for number in sorted(gpu.holders)]
-                    self._referees[gpu.ordinal].set_holders(pids)
 
 
 def _is_readable(listener: socket.socket) -> bool:

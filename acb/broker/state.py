@@ -165,6 +165,8 @@ class Client:
     """Why whatever it asks for is refused."""
     stranded: str = ""
     """Why whatever it asks for waits for another broker: this one has not the GPU that it is bound to."""
+    absent: bool = False
+    """It has not spoken, and is here as what the journal of the broker before and the device know of it."""
     room_wanted: int = 0
     room_short: int = 0
     """Bytes by which it came short although it had been promised what it wants: others are still to make way for it."""

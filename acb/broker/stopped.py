@@ -53,5 +53,5 @@ def words(client: Client) -> str:
 
 
 def _owes(client: Client) -> bool:
-    """Whether it is to give its lease back, or to move its memory."""
-    return (client.lease and client.revoked) or (client.evacuating and not client.suspending)
+    """Whether it is to give its lease back, or to move its memory; of who is absent a person has been told."""
+    return not client.absent and ((client.lease and client.revoked) or (client.evacuating and not client.suspending))

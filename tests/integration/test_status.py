@@ -137,6 +137,7 @@ def test_help_explains_every_column_and_state(site: Site) -> None:
         "suspended",
         "detached",
         "stopped",
+        "silent",
     ]
     explained = re.findall(r"^  (\S+(?: \S+)*)  ", site.gpu_assigner("status", "--help").stdout, re.MULTILINE)
     assert {*columns[0][1:], *columns[1][2:], *states} <= set(explained)

@@ -33,6 +33,8 @@ from acb.protocol import (
 )  # fmt: skip
 
 CAPACITY = 1000
+ABSENT = 10_000
+"""And more: ids of those who have not spoken."""
 
 
 def stays(client: Client) -> bool:
@@ -166,6 +168,7 @@ class Histories(RuleBasedStateMachine):
         self.count, self.largest = len(sizes), max(sizes)
         self.programs: dict[int, Program] = {}
         self.hellos: dict[int, Hello] = {}
+        self.silent: dict[int, Program] = {}
         self.now, self.next_id = 0.0, 1
 
     def tell(self, client: int, message: Message) -> None:
@@ -174,7 +177,10 @@ class Histories(RuleBasedStateMachine):
 
     def deliver(self, sends: list) -> None:
         for client, message in sends:
-            self.programs[client].take(message)
+            if client >= ABSENT:
+                assert isinstance(message, (Welcome, Revoke, Uncontended)), "nobody hears it"
+            else:
+                self.programs[client].take(message)
 
     def pick(self, data: st.DataObject, condition) -> tuple[int, Program] | None:
         fitting = [(i, p) for i, p in self.programs.items() if condition(p)]
@@ -443,6 +449,8 @@ class Histories(RuleBasedStateMachine):
         if any(program.moved and program.parked for program in self.programs.values()):
             return  # the second broker that dies before it has heard where it is: nobody notes so much
         self.broker = self.make()
+        self.programs |= self.silent
+        self.silent.clear()
         self.broker.recover({1000 + client for client in self.programs})
         for client in data.draw(st.permutations(sorted(self.programs))):
             program = self.programs[client]
@@ -459,28 +467,57 @@ class Histories(RuleBasedStateMachine):
                 note = Found(program.resident + program.parked, program.onto)
             program.evacuate = program.revoked = program.suspend = program.resume = program.following = False
             program.room_asked = program.room_answers = 0
-            gpu = -1
-            if program.gpus:
-                gpu = program.gpus[self.hellos[client].rank if program.gang and len(program.gpus) > 1 else 0]
-            hello = replace(
-                self.hellos[client],
-                gpu=gpu,
-                gpus=",".join(map(str, program.gpus)) if len(program.gpus) > 1 else "",
-                holding=program.lease,
-                resident=program.resident,
-                evacuated=program.evacuated,
-                peak=program.peak,
-            )
-            self.now += 0.001
-            sends = self.broker.handle(client, hello, self.now, note)
-            [welcome] = [m for c, m in sends if c == client and isinstance(m, Welcome)]
-            if program.lease and not welcome.lease:
-                program.lease, program.waiting, program.restoring = False, False, False
-            self.deliver([send for send in sends if send.message is not welcome])
-            program.doubt = program.doubt if self.broker.in_doubt(client) else ""
+            if note is None and program.gpus and data.draw(st.sampled_from([False, False, True])):
+                self.silent[client] = self.programs.pop(client)
+                self.now += 0.001
+                hello = replace(self.hello_again(client, program), memory_hint=0, evacuated=0, peak=0)
+                self.deliver(self.broker.absent(ABSENT + client, hello, self.now))
+            else:
+                self.come_again(client, program, note)
         for client, program in list(self.programs.items()):
             if program.waiting:
                 self.tell(client, Request())
+
+    def hello_again(self, client: int, program: Program) -> Hello:
+        gpu = -1
+        if program.gpus:
+            gpu = program.gpus[self.hellos[client].rank if program.gang and len(program.gpus) > 1 else 0]
+        return replace(
+            self.hellos[client],
+            gpu=gpu,
+            gpus=",".join(map(str, program.gpus)) if len(program.gpus) > 1 else "",
+            holding=program.lease,
+            resident=program.resident,
+            evacuated=program.evacuated,
+            peak=program.peak,
+        )
+
+    def come_again(self, client: int, program: Program, note: Found | None = None) -> None:
+        self.now += 0.001
+        sends = self.broker.handle(client, self.hello_again(client, program), self.now, note)
+        [welcome] = [m for c, m in sends if c == client and isinstance(m, Welcome)]
+        if program.lease and not welcome.lease:
+            program.lease, program.waiting, program.restoring = False, False, False
+        self.deliver([send for send in sends if send.message is not welcome])
+        program.doubt = program.doubt if self.broker.in_doubt(client) else ""
+
+    @precondition(lambda self: self.silent)
+    @rule(data=st.data(), dies=st.sampled_from([False, False, True]))
+    def speaks_at_last(self, data: st.DataObject, dies: bool) -> None:
+        """A program that lives, and said nothing to the broker after the one that died; or it dies, too."""
+        client = data.draw(st.sampled_from(sorted(self.silent)))
+        program = self.silent.pop(client)
+        if dies:
+            self.now += 0.001
+            self.deliver(self.broker.gone(ABSENT + client, self.now))
+            return
+        self.programs[client] = program
+        held = program.lease
+        self.come_again(client, program)
+        assert program.lease == held, "its lease was another's meanwhile"
+        assert self.broker.clients[client].resident >= program.resident, "its memory's room was another's meanwhile"
+        if program.waiting:
+            self.tell(client, Request())
 
     @precondition(lambda self: self.programs)
     @rule(
@@ -511,6 +548,8 @@ class Histories(RuleBasedStateMachine):
         """From any state: when everybody goes on and finishes, everybody who waits gets a lease (or a refusal)."""
         if not hasattr(self, "broker"):
             return
+        for client in self.silent:  # the user ends it, as he was told
+            self.deliver(self.broker.gone(ABSENT + client, self.now))
         waited = {i for i, p in self.programs.items() if p.waiting}
         for _ in range(60 * (len(self.programs) + 1)):
             if not waited:

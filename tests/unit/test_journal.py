@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from acb.broker.journal import Journal, Suspended
+from acb.broker.journal import HOLDERS_SPACE, Journal, Place, Suspended
 from acb.processes import start_time
 
 
@@ -113,7 +113,9 @@ def test_a_full_disk_stops_no_broker_that_runs(path: Path) -> None:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert os.listdir(path.parent) == [path.name]
-    assert json.loads(path.read_text()) == {"options": {"scheduler": "fifo"}, "clients": {}, "suspended": {}}
+    assert json.loads(path.read_text()) == {
+        "options": {"scheduler": "fifo"}, "clients": {}, "suspended": {}, "holders": [], "places": {},
+    }  # fmt: skip
 
 
 def test_the_next_broker_hears_whom_the_driver_has_suspended(path: Path) -> None:
@@ -129,3 +131,24 @@ def test_the_next_broker_hears_whom_the_driver_has_suspended(path: Path) -> None
     assert following.suspended(1 << 30) is None
     following.resumed(os.getpid())
     assert json.loads(path.read_text())["suspended"] == {}
+
+
+def test_the_next_broker_hears_who_holds_a_lease_and_where(path: Path) -> None:
+    journal = Journal(path)
+    journal.begin({})
+    journal.came(os.getpid())
+    place = Place(["GPU-a", "GPU-b"], "train", "gang", 1, "/run/cards")
+    journal.bound(os.getpid(), place)
+    assert place.own == ["GPU-b"]
+    for pids in ({os.getpid()}, set(), {os.getpid(), *range(1 << 30, (1 << 30) + HOLDERS_SPACE)}, {os.getpid(), 7}):
+        size = path.stat().st_size
+        journal.held_by(pids)
+        assert (path.stat().st_size != size) == (len(pids) > HOLDERS_SPACE)  # or it was in its place
+        following = Journal(path)
+        assert following.read()
+        assert following.holders == pids
+        assert following.place(os.getpid()) == place
+    following.begin({})
+    assert following.holders == {os.getpid()}
+    following.went(os.getpid())
+    assert json.loads(path.read_text())["places"] == {}

@@ -289,7 +289,7 @@ def _set_up(path: Path, pool: pools.Pool, journal: Journal, options: argparse.Na
         history = History(programs_path())
         server = Server(
             path, pool.gpus, journal, pool.cards, options.scheduler, options.quantum, pool.description, history,
-            pool.driver_tier(options.driver_tier, journal), pool.meter(),
+            pool.driver_tier(options.driver_tier, journal), pool.meter(), str(pool.directory or ""),
         )  # fmt: skip
         pid_path().write_text(f"{os.getpid()}\n")
         if options.log is not None:

@@ -25,6 +25,7 @@ Its state:
   suspended   its memory is on the host by way of the CUDA driver, which stops it at its next GPU call
   detached    it has nothing on a GPU, and wants nothing
   stopped     it holds the GPU or is to move its memory, and its process is stopped, by Ctrl-Z say
+  silent      it was there under the broker before, and has not told this one what it holds, which is kept for it
 """
 
 from __future__ import annotations
@@ -75,6 +76,9 @@ def _show(report: dict[str, Any]) -> None:
     for columns in tables:
         for line in table.lines(columns, width, unicode=unicode):
             print(line)
+    if report.get("awaited"):
+        who = ", ".join(map(str, report["awaited"]))
+        print(f"Nothing is lent for some seconds, for these to say what they hold: process {who}")
     if not report["clients"]:
         print("\nNo program is connected.")
     remarks = [sentence for client in report["clients"] for sentence in _remarks(client)]
@@ -112,6 +116,8 @@ def _programs(clients: list[dict[str, Any]]) -> list[Column]:
 
 def _state(client: dict[str, Any]) -> str:
     """The core's word, or what matters more to a person."""
+    if client.get("absent"):
+        return "silent"
     if client["stopped"]:
         return "stopped"
     return "suspended" if client["suspended"] and client["state"] == "evacuated" else str(client["state"])
@@ -124,7 +130,9 @@ def _remarks(client: dict[str, Any]) -> Iterator[str]:
         yield f"process {pid} could not be evacuated: {client['unmovable']}"
     if client["stranded"]:
         yield client["stranded"]
-    if client["stopped"]:
+    if client.get("absent"):
+        yield client["absent"]
+    elif client["stopped"]:
         yield f"process {pid} is stopped; let it go on with fg in its shell, or with: kill -CONT {pid}"
 
 
