@@ -30,6 +30,7 @@ from acb.broker.metrics import Metrics
 from acb.broker.policies import POLICIES
 from acb.broker.state import Found, Resume, Suspend
 from acb.broker.stopped import Stopped, words
+from acb.devices.rooms import CONTEXT
 from acb.protocol import (
     MAX_PACKET,
     AskStatus,
@@ -94,7 +95,8 @@ class Server:
     ) -> None:
         self._path = path
         self._history = history or History(None)
-        self._core = Broker(gpus, POLICIES[scheduler](quantum), self._history.programs)
+        context = 0 if meter is None else CONTEXT
+        self._core = Broker(gpus, POLICIES[scheduler](quantum), self._history.programs, context)
         self._journal = journal
         self._driver = driver
         self._meter = meter
@@ -426,13 +428,18 @@ class Server:
         return held
 
     def _corrected(self, connection: Connection, message: Message) -> Message:
-        """The message with what the device says that the client has there, where it can say."""
+        """The message with what the device says that the client has there, where it can say. A real one is only asked
+        before the client's first word of its memory, for its context."""
+        client = self._core.clients.get(connection.id)
+        if isinstance(message, (Yield, Holds, MoreRoom)) and client is not None and not client.measured and self._meter:
+            held = self._meter.held(client.gpus, {client.id: client})
+            if client.id in held:
+                self._core.context(client.id, message.resident, held[client.id])
         if isinstance(message, (Yield, Evacuated, Restored, Holds, MoreRoom)) and self._referees:
-            client = self._core.clients.get(connection.id)
             gpus = client.gpus if client is not None else []
-            held = [self._referees[gpu.ordinal].holds(connection.pid) for gpu in gpus if gpu.ordinal in self._referees]
-            if held and max(held) != message.resident:
-                return replace(message, resident=max(held))
+            sizes = [self._referees[gpu.ordinal].holds(connection.pid) for gpu in gpus if gpu.ordinal in self._referees]
+            if sizes and max(sizes) != message.resident:
+                return replace(message, resident=max(sizes))
         return message
 
     def _finish_former(self, connection: Connection) -> None:
