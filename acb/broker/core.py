@@ -56,8 +56,9 @@ __all__ = ["Broker", "Client", "Gpu", "Send", "Unit"]
 class Broker:
     """The state machine for the GPUs of one broker process."""
 
-    def __init__(self, gpus: Sequence[Gpu], policy: Policy, programs: Programs | None = None) -> None:
-        """With `programs`, what was learned of them before."""
+    def __init__(self, gpus: Sequence[Gpu], policy: Policy, programs: Programs | None = None, context: int = 0) -> None:
+        """With `programs`, what was learned of them before. `context`: bytes that a process may have on a GPU besides
+        what it says, at most; observed() and context() tell how many."""
         self.gpus = list(gpus)
         self.policy = policy
         self.programs = programs or Programs()
@@ -68,7 +69,7 @@ class Broker:
         self._by_ordinal = {gpu.ordinal: gpu for gpu in gpus}
         self._log: deque[tuple[float | None, int, Message | str]] = deque(maxlen=200)
         self._out: list[Send] = []
-        self._room = Room(policy, self._send)
+        self._room = Room(policy, self._send, context)
         self._leases = Leases(policy, self._room, self._send)
         self.scheduler = Scheduler(gpus, self.clients, policy, self._room, self._leases, self._send)
         self._gangs = Gangs(self.scheduler)
@@ -129,14 +130,21 @@ class Broker:
     def observed(self, client_id: int, resident: int, now: float) -> list[Send]:
         """The device says what a client at rest has there, which counts, whatever the client has said."""
         client = self.clients.get(client_id)
-        if client is not None and client.at_rest and client.resident != resident:
+        if client is not None and client.at_rest and (client.resident != resident or client.left_unknown):
             self._log.append((now, client_id, f"observed {resident}"))
+            self._room.learn_context(client, resident)
             if client.left < 0:
                 client.left = resident
             client.emptied = client.emptied and resident <= client.left  # or there is something new to move
             self._room.measure(client, resident)
             self.scheduler.touch(*client.gpus)
         return self._finish(now)
+
+    def context(self, client_id: int, said: int, resident: int) -> None:
+        """The device says what a client has there that is about to say, for the first time, that it has `said`."""
+        client = self.clients[client_id]
+        client.said = said
+        self._room.learn_context(client, resident)
 
     def driver_tier(self, available: bool, now: float, *, migrates: bool = False) -> list[Send]:
         """Whether the driver can move what frameworks cannot, by the instructions Suspend and Resume; and whether it
@@ -268,7 +276,7 @@ class Broker:
         if not client.unit.gpus and len(gpus) == client.unit.size:
             self.scheduler.place(client.unit, gpus, bound=True)
         if client.gpus and hello.gpu >= 0:
-            self._room.measure(client, hello.resident, hello.peak)
+            self._room.hear(client, hello.resident, hello.peak)
             client.evacuated = min(min(gpu.capacity for gpu in client.gpus), max(0, hello.evacuated))
             if hello.holding:
                 self._leases.keep(client, now, alone=not self.recovering)
@@ -340,7 +348,7 @@ class Broker:
             client.phase_seconds = 0.0
             self.scheduler.weigh(unit)
         self._partly_back(client, message.resident)
-        self._room.measure(client, message.resident, message.peak)
+        self._room.hear(client, message.resident, message.peak)
         self._room.settle(client)
         if client.peak > client.peak_before:
             client.surprises += self._room.settled(client)
@@ -360,17 +368,18 @@ class Broker:
             self.scheduler.wait(client, now)
         self.scheduler.touch(*client.gpus)
 
-    @staticmethod
-    def _partly_back(client: Client, resident: int) -> None:
+    def _partly_back(self, client: Client, said: int) -> None:
         """What has come to the GPU of a client that has not run yet is not in host memory any more."""
-        client.evacuated -= max(0, min(client.evacuated, resident - client.resident))
+        client.evacuated -= max(0, min(client.evacuated, self._room.in_all(client, said) - client.resident))
 
     def _evacuated(self, client: Client, message: Evacuated, now: float) -> None:
         if not client.evacuating or client.suspending:
             return
-        client.resident = min(client.resident, max(0, message.resident))
         capacity = min(gpu.capacity for gpu in client.gpus)
         client.evacuated = min(capacity, client.evacuated + max(0, message.moved))
+        client.said = max(0, message.resident)
+        stays = max(client.said, min(self._room.in_all(client, message.resident), capacity - client.evacuated))
+        client.resident = min(client.resident, stays)  # in all it fits the GPU, whatever the context was thought to be
         client.evacuation_seconds += max(0.0, message.seconds)
         client.evacuating = client.in_pieces = message.more
         if not message.more:
@@ -383,7 +392,7 @@ class Broker:
     def _restored(self, client: Client, message: Restored, now: float) -> None:
         if not client.lease:
             return
-        self._room.measure(client, message.resident)
+        self._room.hear(client, message.resident)
         client.evacuated = 0
         client.started_at = now
         client.profile.swapped(message.moved, client.evacuation_seconds + max(0.0, message.seconds))
@@ -392,7 +401,7 @@ class Broker:
 
     def _holds(self, client: Client, message: Holds, now: float) -> None:
         if client.lease and not client.evacuated:
-            self._room.measure(client, message.resident, message.peak)
+            self._room.hear(client, message.resident, message.peak)
             client.unit.contender = None  # what it has determines how long it is protected
             self.scheduler.touch(*client.gpus)
 
@@ -401,7 +410,7 @@ class Broker:
             self._send(client.id, RoomAnswer(False, "no lease is held"))
             return
         self._partly_back(client, message.resident)
-        self._room.measure(client, message.resident)
+        self._room.hear(client, message.resident)
         if client.room_wanted:
             self._send(client.id, RoomAnswer(False, "it has asked for something else meanwhile"))
         client.room_wanted = max(1, message.resident + message.nbytes)

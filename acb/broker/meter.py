@@ -55,7 +55,7 @@ class Meter:
                 else:
                     self._answered(gpu)
         for client, nbytes in _held(idle.values(), answers):
-            if client.resident != nbytes:
+            if client.resident != nbytes or client.left_unknown:
                 yield client.id, nbytes
 
     def held(self, gpus: list[Gpu], clients: Mapping[int, Client]) -> dict[int, int]:

@@ -30,9 +30,11 @@ MIN_PIECE, MAX_PIECE = 64 << 20, 1 << 30
 class Room:
     """The memory of all GPUs. Every change of what a client has is followed by settle()."""
 
-    def __init__(self, policy: Policy, send: Callable[[int, Message], None]) -> None:
+    def __init__(self, policy: Policy, send: Callable[[int, Message], None], context: int = 0) -> None:
+        """`context`: bytes that a client's CUDA context takes at most, which it does not count itself."""
         self._policy = policy
         self._send = send
+        self._context = context
         self.driver = False
         """Whether the driver can move what the frameworks cannot."""
         self.migrates = False
@@ -63,15 +65,29 @@ class Room:
         """Bytes of the GPU that are neither occupied by others nor promised to them."""
         return gpu.capacity - gpu.in_use + (client.booked[0] if gpu in client.gpus else 0)
 
+    def hear(self, client: Client, said: int, peak: int = 0) -> None:
+        """Take in what a client says it holds."""
+        client.said = max(0, said)
+        self.measure(client, self.in_all(client, said), peak)
+
+    @staticmethod
+    def in_all(client: Client, said: int) -> int:
+        """What it holds that says so: its context comes to it, as soon as that is known."""
+        return max(0, said) + max(0, client.context)
+
+    def learn_context(self, client: Client, nbytes: int) -> None:
+        """The device counts so many bytes of the client, which has said what it has."""
+        client.context = min(self._context, max(0, nbytes - client.said))
+
     def measure(self, client: Client, resident: int, peak: int = 0) -> None:
-        """Take in what a client says it holds, bounded by what can be there next to the others' memory."""
+        """Take in what a client holds, bounded by what can be there next to the others' memory."""
         gpus = client.gpus
         if not gpus:
             return
         capacity = min(gpu.capacity for gpu in gpus)
         client.measured = True
         client.resident = min(max(0, resident), *(self.free(gpu, client) for gpu in gpus))
-        client.peak = max(client.peak, client.resident, min(peak, capacity))
+        client.peak = max(client.peak, client.resident - max(0, client.context), min(peak, capacity))
         # When only a part could be restored, that part is not in host memory any more; in all it fits the GPU.
         client.evacuated = min(client.evacuated, capacity - client.resident)
         self.settle(client)
@@ -110,7 +126,8 @@ class Room:
     def want(self, client: Client, gpu: Gpu) -> int:
         """Bytes that the client should have in all: what it said, or its settled peak with a margin, or its program's.
 
-        Nothing is known: the whole GPU, less what others cannot take with them when they are evacuated.
+        Nothing is known: the whole GPU, less what others cannot take with them when they are evacuated. Its context is
+        added as far as there is room: it may be less than is thought, and who asks for the whole GPU is to have that.
         """
         own = client.booked if gpu in client.gpus else (0, 0, 0)
         unmovable = gpu.unmovable - own[2]
@@ -123,16 +140,18 @@ class Room:
             if known is None or known < peak:
                 return gpu.capacity - left_behind
             peak = known
-        floor = self.floor(client)
+        context = self._context if client.context < 0 else client.context
+        least = max(self.floor(client), max(client.hint, client.need, client.peak) + context)
         most = gpu.capacity - left_behind
+        floor = self.floor(client)
         if staying and floor > most:  # who is absent comes back, or ends: what is known to be needed is waited for
             most = min(floor, most + sum([o.resident for o in gpu.occupants.values() if o.absent and not o.lease]))
-        if self.driver and floor > most:
+        if self.driver and least > most:
             # Contexts, too, can make way, where they must: those that the driver has not failed to move.
             others = [other for other in gpu.occupants.values() if other is not client and other.driver_problem]
             staying += sum([other.resident for other in others if other.emptied and not other.lease])
-            most = max(most, min(gpu.capacity - staying, floor))
-        return min(most, max(floor, int(peak * MARGIN)))
+            most = max(most, min(gpu.capacity - staying, least))
+        return min(most, max(least, int(peak * MARGIN) + context))
 
     @staticmethod
     def settled(client: Client) -> bool:

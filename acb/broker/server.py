@@ -32,6 +32,7 @@ from acb.broker.recovery import Recovery
 from acb.broker.referees import Referee, Referees
 from acb.broker.state import Found, Resume, Suspend
 from acb.broker.stopped import Stopped, words
+from acb.devices.rooms import CONTEXT
 from acb.protocol import (
     MAX_PACKET,
     AskStatus,
@@ -39,11 +40,14 @@ from acb.protocol import (
     Goodbye,
     Grant,
     Hello,
+    Holds,
     Message,
+    MoreRoom,
     Ping,
     Pong,
     ProtocolError,
     Refused,
+    Yield,
     decode,
 )
 
@@ -80,7 +84,8 @@ class Server:
         """`pool`: the folder of the GPUs, if they are simulated."""
         self._path = path
         self._history = history or History(None)
-        self._core = Broker(gpus, POLICIES[scheduler](quantum), self._history.programs)
+        context = 0 if meter is None else CONTEXT
+        self._core = Broker(gpus, POLICIES[scheduler](quantum), self._history.programs, context)
         self._journal = journal
         self._driver = driver
         self._meter = meter
@@ -380,7 +385,9 @@ class Server:
                 message = replace(message, pid=connection.pid, name=name, program=program, arguments=arguments)
                 kept = self._journal.suspended(connection.pid) if self._driver is not None else None
             else:
-                message = self._referees.corrected(self._core.clients.get(connection.id), message)
+                client = self._core.clients.get(connection.id)
+                self._learn_context(client, message)
+                message = self._referees.corrected(client, message)
             found = Found(kept.nbytes, kept.target) if kept is not None else None
             self._deliver(self._core.handle(connection.id, message, time.monotonic(), found))
             self._metrics.received(message)
@@ -394,6 +401,13 @@ class Server:
                     self._driver.find(connection.id, connection.pid)
                 elif self._core.clients[connection.id].lease:
                     self._journal.resumed(connection.pid)  # it runs
+
+    def _learn_context(self, client: Client | None, message: Message) -> None:
+        """Before the client's first word of its memory, ask a real GPU what it has there: for its context."""
+        if isinstance(message, (Yield, Holds, MoreRoom)) and client is not None and not client.measured and self._meter:
+            held = self._meter.held(client.gpus, {client.id: client})
+            if client.id in held:
+                self._core.context(client.id, message.resident, held[client.id])
 
     def _finish_former(self, connection: Connection) -> None:
         """A process says hello again: what its former connection still has, its end above all, came before that."""

@@ -129,6 +129,10 @@ class Client:
     """How often a peak that was believed has been exceeded."""
     measured: bool = False
     """Whether it has said what it holds."""
+    said: int = 0
+    """Bytes that it has last said it has on the GPU."""
+    context: int = -1
+    """Bytes that the device counts besides, above all its CUDA context; -1: not known."""
     booked: tuple[int, int, int] = (0, 0, 0)
     """What it counts for in its GPUs' in_use, left_behind and unmovable."""
     evacuating: bool = False
@@ -212,6 +216,11 @@ class Client:
     def leaving(self) -> bool:
         """Whether what it has on the GPU will soon be free."""
         return self.evacuating and not self.unclear
+
+    @property
+    def left_unknown(self) -> bool:
+        """Whether the device has yet to say what evacuating has left of it."""
+        return self.emptied and self.left < 0
 
     @property
     def at_rest(self) -> bool:

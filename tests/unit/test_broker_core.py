@@ -84,6 +84,10 @@ class Program:
             return self.evacuate
         return not self.following
 
+    def park(self) -> None:
+        """The driver has moved its memory, or at least its context, which the program does not count."""
+        self.parked, self.resident = self.resident or 1, 0
+
     def take(self, message: Message) -> None:
         if isinstance(message, Grant):
             assert self.waiting
@@ -152,14 +156,15 @@ class Histories(RuleBasedStateMachine):
         slots=st.integers(1, 2),
         driver=st.sampled_from(["", "moves", "migrates"]),
         sizes=st.lists(st.sampled_from([CAPACITY, CAPACITY, CAPACITY // 2]), min_size=1, max_size=3),
+        context=st.sampled_from([0, 0, 50]),
     )
-    def start(self, policy: str, slots: int, driver: str, sizes: list[int]) -> None:
-        self.set_up(policy, slots, driver, sizes)
+    def start(self, policy: str, slots: int, driver: str, sizes: list[int], context: int) -> None:
+        self.set_up(policy, slots, driver, sizes, context)
 
-    def set_up(self, policy: str, slots: int, driver: str, sizes: list[int]) -> None:
+    def set_up(self, policy: str, slots: int, driver: str, sizes: list[int], context: int = 0) -> None:
         def make() -> Broker:
             gpus = [Gpu(i, size, str(i), slots, kind="H100") for i, size in enumerate(sizes)]
-            broker = Broker(gpus, POLICIES[policy](None))
+            broker = Broker(gpus, POLICIES[policy](None), context=context)
             broker.driver_tier(bool(driver), 0.0, migrates=driver == "migrates")
             return broker
 
@@ -207,7 +212,7 @@ class Histories(RuleBasedStateMachine):
             self.tell(client, Yield(program.resident, program.peak))
 
     def find_suspended(self, client: int, program: Program) -> None:
-        program.parked, program.resident = program.resident, 0
+        program.park()
         self.now += 0.001
         self.deliver(suspend(self.broker, client, self.now))
 
@@ -308,7 +313,7 @@ class Histories(RuleBasedStateMachine):
             client, program = found
             program.suspend = False
             if not problem:
-                program.parked, program.resident = program.resident, 0
+                program.park()
             self.now += 0.001
             self.deliver(self.broker.suspended(client, problem, 0.1, self.now))
 
@@ -346,7 +351,7 @@ class Histories(RuleBasedStateMachine):
 
     def clear_up(self, client: int, program: Program, done: bool, lost: bool = False) -> None:
         if program.doubt == "suspending" and done:
-            program.parked, program.resident = program.resident, 0
+            program.park()
         elif program.doubt == "resuming" and done:
             program.resident, program.parked = program.resident + program.parked, 0
             program.moved = bool(program.onto)
@@ -562,7 +567,8 @@ class Histories(RuleBasedStateMachine):
                 elif program.doubt:
                     self.clear_up(client, program, True)
                 elif program.suspend:
-                    program.suspend, program.parked, program.resident = False, program.resident, 0
+                    program.suspend = False
+                    program.park()
                     self.deliver(self.broker.suspended(client, "", 0.1, self.now))
                 elif program.resume:
                     program.resume, program.moved, program.onto = False, bool(program.onto), ""

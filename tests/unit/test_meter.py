@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import select
+import socket
+from pathlib import Path
 
-from acb.broker.core import Broker, Gpu
+from acb.broker.connection import Connection
+from acb.broker.core import Broker, Gpu, Send
+from acb.broker.journal import Journal
 from acb.broker.meter import EVERY, LONGEST_PAUSE, Meter
 from acb.broker.policies import POLICIES
-from acb.protocol import VERSION, Evacuate, Evacuated, Hello, Request, Yield
+from acb.broker.server import Server
+from acb.protocol import VERSION, Evacuate, Evacuated, Grant, Hello, Request, Restored, Yield
 
 CAPACITY = 1000
 
@@ -68,6 +74,95 @@ def test_the_context_of_one_that_has_evacuated_all_is_seen_and_it_is_not_asked_t
     broker.check()
     assert broker.observed(1, 500, 6.0) == [(1, Evacuate())]  # there is something new
     broker.check()
+
+
+# --- contexts ---------------------------------------------------------------------------------------------------------
+
+CONTEXT = 100
+
+
+def _with_contexts(resident: int, observed: int) -> Broker:
+    """As _broker(), where a context takes 100 bytes at most, and the device says what client 1 has in all."""
+    broker = Broker([Gpu(0, CAPACITY, "GPU-x")], POLICIES["fifo"](), context=CONTEXT)
+    broker.handle(1, Hello(VERSION, 101, "p"), 0.0)
+    broker.handle(1, Request(), 0.0)
+    broker.context(1, resident, observed)
+    broker.handle(1, Yield(resident, resident), 1.0)
+    assert broker.gpus[0].in_use == observed
+    return broker
+
+
+def _ask(broker: Broker, client: int, hint: int) -> list[Send]:
+    broker.handle(client, Hello(VERSION, 100 + client, f"p{client}", memory_hint=hint), 2.0)
+    return broker.handle(client, Request(), 2.0)
+
+
+def test_a_newcomer_is_given_room_for_the_context_that_it_will_have() -> None:
+    assert _ask(_with_contexts(350, 360), 2, 540) == [(2, Grant(0, "GPU-x", 640, beside=360))]  # all that is free
+    assert _ask(_with_contexts(350, 360), 2, 530) == [(2, Grant(0, "GPU-x", 630, beside=360))]
+    assert _ask(_with_contexts(350, 360), 2, 600) == [(1, Evacuate())]
+
+
+def test_a_program_of_the_whole_gpu_has_the_whole_gpu() -> None:
+    broker = _with_contexts(0, 0)
+    broker.gone(1, 1.5)
+    assert _ask(broker, 2, CAPACITY) == [(2, Grant(0, "GPU-x", CAPACITY))]
+    broker.handle(2, Yield(CAPACITY, CAPACITY), 3.0)
+    assert broker.handle(2, Request(), 4.0) == [(2, Grant(0, "GPU-x", CAPACITY))]
+    broker.check()
+
+
+def test_room_for_a_context_is_not_waited_for_in_vain() -> None:
+    broker = _with_contexts(350, 360)
+    assert _ask(broker, 2, 600) == [(1, Evacuate())]
+    assert broker.handle(1, Evacuated(350, 0, 0.0, "captured CUDA graphs"), 3.0) == [(2, Grant(0, "GPU-x", 640))]
+    broker.check()
+
+
+def test_a_context_that_is_known_counts_before_the_device_is_asked_again() -> None:
+    broker = _with_contexts(350, 360)
+    assert _ask(broker, 2, 600) == [(1, Evacuate())]
+    [(client, grant)] = broker.handle(1, Evacuated(0, 350, 0.1), 3.0)
+    assert (client, grant.headroom) == (2, 700)
+    assert broker.gpus[0].left_behind == 10
+    broker.handle(2, Yield(0, 600), 4.0)
+    broker.handle(1, Request(), 5.0)
+    broker.handle(1, Restored(350, 350, 0.1), 5.1)
+    broker.handle(1, Yield(400, 400), 6.0)
+    assert (broker.clients[1].resident, broker.clients[1].evacuated, broker.clients[1].peak) == (410, 0, 400)
+    broker.observed(1, 405, 7.0)
+    assert broker.clients[1].context == 5
+    broker.check()
+
+
+def test_what_is_new_after_an_evacuation_is_no_context() -> None:
+    broker = _with_contexts(350, 360)
+    _ask(broker, 2, 960)
+    broker.handle(1, Evacuated(0, 350, 0.1), 3.0)
+    meter = Meter(lambda uuid: {101: 10})
+    assert list(meter.look(broker.gpus, broker.clients, 3.1)) == [(1, 10)]  # it says what is left
+    broker.observed(1, 10, 3.1)
+    assert list(meter.look(broker.gpus, broker.clients, 5.0)) == []
+    broker.handle(2, Yield(0, 0), 5.1)
+    assert broker.handle(2, Request(), 5.2) == [(2, Grant(0, "GPU-x", 990))]
+    broker.handle(2, Yield(0, 0), 5.3)
+    broker.observed(1, 300, 6.0)
+    assert broker.handle(2, Request(), 6.1) == [(1, Evacuate())]
+
+
+def test_the_device_is_asked_for_a_context_before_the_first_word_of_memory_and_not_again(tmp_path: Path) -> None:
+    device = Device()
+    server = Server(
+        tmp_path / "socket", [Gpu(0, 10 << 30, "GPU-x")], Journal(tmp_path / "journal"), meter=Meter(device)
+    )
+    ours, theirs = socket.socketpair()
+    connection = Connection(1, ours, 101, select.epoll())
+    for message in (Hello(VERSION, 101, "p"), Request(), Yield(300, 300), Request(), Yield(200, 300)):
+        server._take(connection, message)
+    assert server._core.clients[1].resident == 250
+    assert device.asked == ["GPU-x"]
+    for end in (ours, theirs, connection._poller, server._listener):
+        end.close()
 
 
 def test_a_device_that_does_not_say_or_does_not_know_the_process_changes_nothing() -> None:
