@@ -156,6 +156,8 @@ def _prepare(options: Options, environ: dict[str, str], file: str) -> dict[str, 
         sizes = config.parse_simulated(options.simulate).capacities
         _check_pool(sizes, options, f"--simulate-gpus {options.simulate}")
     if options.broker == "off":
+        if "ACB_TRACE" in options.variables and not options.quiet:
+            _say("warning: with --broker off no program ever changes its state, so nothing is written to the trace")
         if options.simulate is not None:
             variables["ACB_SIMULATED"] = str(_simulated_cards(options.simulate))
             variables["ACB_SIMULATED_GPUS"] = options.simulate

@@ -253,6 +253,15 @@ def test_options_become_variables(acb: Installation, tmp_path: Path) -> None:
     assert told["ACB_QUIET"] == "1"
 
 
+def test_a_trace_without_a_broker(acb: Installation, tmp_path: Path) -> None:
+    options = ["--broker=off", "--trace", str(tmp_path / "trace")]
+    said = acb.launch("echo", "ran", options=options)
+    assert said[:2] == (0, "ran\n")
+    assert said.stderr.count("\n") == 1
+    assert "nothing is written to the trace" in said.stderr
+    assert acb.launch("echo", "ran", options=[*options, "--quiet"]).stderr == ""
+
+
 @pytest.mark.parametrize("options", [[], ["--broker", "off"]], ids=["fast", "off"])
 class TestPythonsThatIgnoreTheirEnvironment:
     """One warning, and the program runs."""
