@@ -387,6 +387,30 @@ def test_a_read_only_file_system_is_refused(site: Site, small_disk: Path) -> Non
     assert os.listdir(small_disk) == []
 
 
+@pytest.mark.parametrize("name", ["broker.sock", "broker.env", "broker.lock"])
+def test_a_directory_in_the_place_of_a_file(site: Site, name: str) -> None:
+    (site.directory / name).mkdir()
+    result = site.gpu_assigner("start", "--simulate-gpus", "1x32MiB")
+    assert result.returncode == 73
+    said = one_line(result.stderr)
+    assert f"cannot write {site.directory / name}: Is a directory; remove it" in said
+    assert "make room" not in said
+    assert os.listdir(site.directory) == [name]
+
+
+def test_a_launch_without_room_for_a_simulated_gpu_is_advised_once(site: Site, small_disk: Path) -> None:
+    fill(small_disk / "filling")
+    result = subprocess.run(
+        [sys.executable, "-m", "acb.launcher", "--broker", "off", "--simulate-gpus", "1x32MiB", "true"],
+        env=site.environment(ACB_RUNTIME_DIR=str(small_disk)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 73
+    assert (result.stderr.count("\n"), result.stderr.count("ACB_RUNTIME_DIR")) == (1, 1)
+
+
 @pytest.mark.parametrize("room", [0, 4096, 8192])
 @pytest.mark.parametrize("foreground", [[], ["--foreground"]], ids=["background", "foreground"])
 def test_a_full_disk_is_named_and_nothing_is_left(

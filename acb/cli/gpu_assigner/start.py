@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import os
 import resource
@@ -251,8 +252,8 @@ def _serve(path: Path, options: argparse.Namespace) -> int:
             server = _set_up(path, pool, journal, options)
         except OSError as error:
             raise ConfigError(
-                f"cannot write in the runtime directory {path.parent}: {error.strerror or error}; "
-                f"make room, or set ACB_RUNTIME_DIR to another directory",
+                f"cannot write {error.filename or f'in the runtime directory {path.parent}'}: "
+                f"{error.strerror or error}; {_remedy(error)}, or set ACB_RUNTIME_DIR to another directory",
                 EX_CANTCREAT,
             ) from None
         server.serve()
@@ -299,6 +300,13 @@ def _set_up(path: Path, pool: pools.Pool, journal: Journal, options: argparse.Na
     return server
 
 
+def _remedy(error: OSError) -> str:
+    """What helps against it."""
+    if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
+        return "remove it"
+    return "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see to that"
+
+
 def _raise_limit() -> None:
     """One file descriptor a client: let there be as many as this user may have."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -320,7 +328,8 @@ def _lock() -> int:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise ConfigError(
-                f"cannot write {path}: {error.strerror}; set ACB_RUNTIME_DIR to another directory", EX_CANTCREAT
+                f"cannot write {path}: {error.strerror}; {_remedy(error)}, or set ACB_RUNTIME_DIR to another directory",
+                EX_CANTCREAT,
             ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
