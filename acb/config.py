@@ -91,12 +91,15 @@ def parse_pool(text: str) -> list[int]:
 def parse_size(text: str) -> int:
     """Bytes in a size such as ``10GiB``, ``512M``, ``1.5 GB`` or ``1048576``; K, M, G, T alone are powers of 1024.
 
-    Raises ConfigError when the text is not a size above zero.
+    Raises ConfigError when the text is not a size above zero, and for ``Gb``, which may be meant as bits; ``gb`` is
+    what batch systems call bytes.
     """
     match = re.fullmatch(r"\s*([0-9]{1,30})(?:\.([0-9]{1,30}))?\s*([A-Za-z]*)\s*", text)
     factor = _FOLDED_UNITS.get(match[3].lower()) if match else None
     if match is None or factor is None:
         raise ConfigError(f"{text!r} is not a size; write a number and a unit, such as 10GiB or 512MiB")
+    if match[3].endswith("b") and match[3] != match[3].lower():
+        raise ConfigError(f"{text!r} may be bits or bytes; sizes are in bytes: write {match[3][:-1]}B")
     decimals = match[2] or "0"
     size: int = int(match[1]) * factor + int(decimals) * factor // 10 ** len(decimals)
     if not 0 < size < 1 << 60:

@@ -1,4 +1,4 @@
-"""Usage: acb-launch [OPTION…] [--] COMMAND [ARGUMENT…]
+"""Usage: acb-launch [OPTION...] [--] COMMAND [ARGUMENT...]
 
 Run COMMAND so that its GPU work goes through the AI computing broker. It needs no change; its exit status, signals,
 input and output are its own. A broker is started when none runs.
@@ -14,10 +14,14 @@ input and output are its own. A broker is started when none runs.
   --quiet                     no messages of acb on stderr but errors
   --version, --help           print that, and end
 
+SIZE is a number and a unit: KiB, MiB, GiB or TiB (powers of 1024, as K, M, G and T alone) or KB, MB, GB or TB (of
+1000). Sizes are in bytes: Gb, which may be bits, is refused.
+
 ACB_DISABLE=1 in the environment runs COMMAND as if acb-launch were not there.
 
 Exit statuses of acb-launch itself: 2 wrong usage, 65 more than the broker's GPUs can ever give, 69 no broker or no GPU,
-73 a directory or file that cannot be used, 126 COMMAND cannot be executed, 127 COMMAND is not found.
+73 a directory or file that cannot be used, 75 a broker that does not answer, 126 COMMAND cannot be executed, 127
+COMMAND is not found.
 """
 
 from __future__ import annotations
@@ -26,12 +30,15 @@ import getopt
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from acb import __version__, config
 from acb.launcher import command
 from acb.launcher.environment import BOOTSTRAP, broker_variables, initial_environment, instrumented
+
+T = TypeVar("T")
 
 _OPTIONS = [
     "broker=",
@@ -115,9 +122,9 @@ def parse(arguments: list[str], environ: dict[str, str]) -> Options:
         if name == "--broker":
             options.broker = value
         elif name == "--simulate-gpus":
-            options.simulate = str(config.parse_simulated(value))
+            options.simulate = str(_named(name, config.parse_simulated, value))
         elif name == "--gpu-memory":
-            size = config.parse_size(value)
+            size = _named(name, config.parse_size, value)
             if value.strip().isdigit() and size < 1 << 20:
                 raise config.ConfigError(f"--gpu-memory {value} would be {size} bytes; write a unit, such as {size}GiB")
             options.variables["ACB_GPU_MEMORY"] = str(size)
@@ -141,6 +148,14 @@ def parse(arguments: list[str], environ: dict[str, str]) -> Options:
     return options
 
 
+def _named(option: str, parse: Callable[[str], T], value: str) -> T:
+    """What `parse` makes of the option's value; its error says which option it was."""
+    try:
+        return parse(value)
+    except config.ConfigError as error:
+        raise config.ConfigError(f"{option}: {error}", error.status) from None
+
+
 def _trace_file(name: str) -> str:
     """The absolute path of the trace file, if it can be written; raises ConfigError if not."""
     file = os.path.abspath(name)
@@ -156,6 +171,8 @@ def _prepare(options: Options, environ: dict[str, str], file: str) -> dict[str, 
         sizes = config.parse_simulated(options.simulate).capacities
         _check_pool(sizes, options, f"--simulate-gpus {options.simulate}")
     if options.broker == "off":
+        if "ACB_TRACE" in options.variables and not options.quiet:
+            _say("warning: with --broker off no program ever changes its state, so nothing is written to the trace")
         if options.simulate is not None:
             variables["ACB_SIMULATED"] = str(_simulated_cards(options.simulate))
             variables["ACB_SIMULATED_GPUS"] = options.simulate
@@ -242,11 +259,10 @@ def _simulated_cards(simulate: str) -> Path:
     try:
         try_out(directory, spec)
     except (CardError, OSError) as error:
-        raise config.ConfigError(
-            f"cannot make simulated GPUs in {directory}: {getattr(error, 'strerror', None) or error}; "
-            f"set ACB_RUNTIME_DIR to a directory that has room",
-            config.EX_CANTCREAT,
-        ) from None
+        reason = getattr(error, "strerror", None) or str(error)
+        if "ACB_RUNTIME_DIR" not in reason:
+            reason += "; set ACB_RUNTIME_DIR to a directory that has room"
+        raise config.ConfigError(f"cannot make simulated GPUs in {directory}: {reason}", config.EX_CANTCREAT) from None
     return directory
 
 

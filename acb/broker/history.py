@@ -46,7 +46,7 @@ class History:
         self.programs.load(self._read())
 
     def check(self) -> None:
-        """Log if nothing can be kept, while there is somebody to read it: a broker's log goes when it ends."""
+        """Log if nothing can be kept, while there is somebody to read it, and not only when the broker ends."""
         self._complain(obstacle(self.path))
 
     def _complain(self, reason: str) -> None:

@@ -31,7 +31,7 @@ from acb.broker.policies import POLICIES
 from acb.broker.recovery import Recovery
 from acb.broker.referees import Referee, Referees
 from acb.broker.state import Found, Resume, Suspend
-from acb.broker.stopped import Stopped, words
+from acb.broker.stopped import Stopped
 from acb.devices.rooms import CONTEXT
 from acb.protocol import (
     MAX_PACKET,
@@ -148,8 +148,8 @@ class Server:
                 if self._meter is not None:
                     self._check_meter(self._meter)
                 self._check_liveness()
-                for stopped in self._stopped.look(self._core.gpus, time.monotonic()):
-                    log(words(stopped))
+                for news in self._stopped.look(self._core.gpus, self._core.clients, time.monotonic()):
+                    log(news)
                 if self._core.wake_at is not None and self._core.wake_at <= time.monotonic():
                     self._deliver(self._core.tick(time.monotonic()))
         finally:

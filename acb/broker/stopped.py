@@ -5,7 +5,7 @@ Nothing is taken from a stopped process: its memory is on the GPU, and it may be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from acb import processes
 from acb.broker.state import Client, Gpu
@@ -20,26 +20,32 @@ class Stopped:
     def __init__(self, is_stopped: Callable[[int], bool] = processes.stopped) -> None:
         self._is_stopped = is_stopped
         self._next: float | None = None
-        self._known: set[int] = set()
+        self._known: dict[int, Client] = {}
 
     def due(self, gpus: list[Gpu], now: float) -> float | None:
         """When to look next, in the seconds of `now`; None: nobody owes an answer."""
-        if not any(_owes(client) for gpu in gpus for client in gpu.occupants.values()):
+        if not self._known and not any(_owes(client) for gpu in gpus for client in gpu.occupants.values()):
             self._next = None
         elif self._next is None:
             self._next = now + EVERY
         return self._next
 
-    def look(self, gpus: list[Gpu], now: float) -> Iterator[Client]:
-        """The clients that are found stopped, each once until it goes on; nobody before it is due()."""
+    def look(self, gpus: list[Gpu], clients: Mapping[int, Client], now: float) -> Iterator[str]:
+        """A sentence for each client that is found stopped, once until it goes on, and one then; none before it is
+        due()."""
         if self._next is None or now < self._next:
             return
         self._next = now + EVERY
         owing = {client.id: client for gpu in gpus for client in gpu.occupants.values() if _owes(client)}
-        found = {number for number, client in owing.items() if self._is_stopped(client.pid)}
+        asked = owing | {number: client for number, client in self._known.items() if number in clients}
+        found = {number: client for number, client in sorted(asked.items()) if self._is_stopped(client.pid)}
         known, self._known = self._known, found
-        for number in sorted(found - known):
-            yield owing[number]
+        for number, client in found.items():
+            if number not in known:
+                yield words(client)
+        for number, client in known.items():
+            if number in clients and number not in found:
+                yield f"process {client.pid} ({client.name}) goes on"
 
 
 def words(client: Client) -> str:

@@ -16,7 +16,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from acb.client import visible
+from acb.client import holders, visible
 from acb.client.connection import Connection
 from acb.client.hello import hello
 from acb.client.memory import Memory, Moved
@@ -26,6 +26,7 @@ from acb.client.room import Room
 from acb.client.trace import Trace
 from acb.client.yielding import Yielding
 from acb.protocol import (
+    AskStatus,
     Evacuate,
     Evacuated,
     Goodbye,
@@ -41,6 +42,7 @@ from acb.protocol import (
     Request,
     Restored,
     Revoke,
+    Status,
     Uncontended,
     Welcome,
     Yield,
@@ -258,7 +260,7 @@ class Agent:
                 return
 
     def _say_that_it_waits(self) -> None:
-        """To a person who may wonder why nothing happens; once a process."""
+        """To a person who may wonder why nothing happens; once a process, and of each stopped one that it waits for."""
         if not self._wanted or self.lease or not self._connection.welcomed:
             self._waits_since = 0.0
         elif not self._waits_since:
@@ -267,6 +269,15 @@ class Agent:
             from acb.client.runtime import warn_once
 
             warn_once("waits", f"waiting for the GPU since {WONDER:.0f} s; to see who has it: gpu_assigner status")
+            self._waits_since = time.monotonic()
+            with self._lock:
+                self._connection.send(AskStatus())  # whether somebody is stopped
+
+    def _say_who_is_stopped(self, status: Status) -> None:
+        from acb.client.runtime import warn_once
+
+        for sentence in holders.stopped(status):
+            warn_once(sentence, sentence)
 
     def _say_what_is_held(self) -> None:
         """Let the broker know, once in a while, and see what it learns from."""
@@ -341,6 +352,8 @@ class Agent:
                 self._request()
         elif isinstance(message, Welcome):
             self._welcome(message)
+        elif isinstance(message, Status):
+            self._say_who_is_stopped(message)
         elif isinstance(message, Refused):
             self._refused(message)
         elif isinstance(message, Goodbye):

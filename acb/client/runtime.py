@@ -126,12 +126,13 @@ def _finish() -> None:
 atexit.register(_finish)
 
 
-def warn_once(key: str, message: str) -> None:
-    """One line on stderr, once a process for each key; nothing with ``ACB_QUIET=1``."""
+def warn_once(key: str, message: str, *, error: bool = False) -> None:
+    """One line on stderr, once a process for each key; with ``ACB_QUIET=1`` only an `error`: what was asked for is not
+    done."""
     if key in _warned:
         return
     _warned.add(key)
-    if os.environ.get("ACB_QUIET") == "1":
+    if os.environ.get("ACB_QUIET") == "1" and not error:
         return
     try:
         print(f"acb: {message}", file=sys.stderr, flush=True)  # noqa: T201 - the one place that talks to the person

@@ -7,6 +7,7 @@ One JSON object a line. Fields: ``t`` (seconds, the clock of time.monotonic(), c
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -20,15 +21,13 @@ class Trace:
         self.enabled = bool(path)
         self.state = "detached"
         self._name = name
+        self._path = path
         self._fd = -1
         if path:
             try:
                 self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
             except OSError as error:
-                from acb.client.runtime import warn_once
-
-                self.enabled = False
-                warn_once("trace", f"no trace is written: cannot open {path}: {error.strerror}")
+                self._lost(f"no trace is written: cannot open {path}: {error.strerror}")
 
     def close(self) -> None:
         """Write nothing more."""
@@ -50,10 +49,19 @@ class Trace:
             "pid": os.getpid(),
         }
         line |= {"name": self._name, "state": state, "cause": cause, **details}
+        packet = json.dumps(line).encode() + b"\n"
         try:
-            os.write(self._fd, json.dumps(line).encode() + b"\n")
+            if os.write(self._fd, packet) < len(packet):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # it would say so with the next line
         except OSError as error:
-            from acb.client.runtime import warn_once
+            self._lost(
+                f"the trace {self._path} ends too early, in process {os.getpid()} ({self._name}) at the state "
+                f"{state}: {error.strerror}; make room, or choose another file"
+            )
 
-            self.enabled = False
-            warn_once("trace", f"the trace ends here: {error.strerror}")
+    def _lost(self, message: str) -> None:
+        """Nothing more is written, which whoever asked for it has to know, with --quiet, too."""
+        from acb.client.runtime import warn_once
+
+        self.enabled = False
+        warn_once("trace", message, error=True)

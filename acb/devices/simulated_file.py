@@ -256,7 +256,9 @@ def write_card(path: Path, ordinal: int, capacity: int, bandwidth: int, speed: f
             os.link(temporary, path)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise CardError(f"no space for the simulated GPU {path}; free some or set ACB_RUNTIME_DIR") from None
+            raise CardError(
+                f"no space for the simulated GPU {path}; free some, or set ACB_RUNTIME_DIR to another directory"
+            ) from None
         raise CardError(f"cannot write the simulated GPU {path}: {error.strerror or error}") from None
     finally:
         if temporary:

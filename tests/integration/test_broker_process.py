@@ -96,6 +96,39 @@ def test_what_a_broker_in_the_background_has_logged_lies_beside_its_socket_until
         program.kill()
     assert "by gpu_assigner stop; 1 program that it knew still runs" in end
     assert not path.exists()
+    assert not path.with_suffix(".log.1").exists()  # it had nothing to say but that
+
+
+def test_what_a_broker_has_logged_outlives_it(site: Site, tmp_path: Path) -> None:
+    """However it ends; a start and an end alone do not."""
+    log = site.directory / "broker.log"
+    last = site.directory / "broker.log.1"
+    (tmp_path / "file").touch()
+    nowhere = str(tmp_path / "file")  # where nothing learned can be kept, which it has to say
+    start = ("start", "--simulate-gpus", "1x32MiB")
+    assert site.gpu_assigner(*start, ACB_STATE_DIR=nowhere).returncode == 0
+    assert site.gpu_assigner("stop").returncode == 0
+    assert sorted(os.listdir(site.directory)) == [last.name]
+    first = last.read_text()
+    assert "cannot be kept" in first
+    assert "by gpu_assigner stop; no program is left" in first.splitlines()[-1]
+    assert site.gpu_assigner(*start).returncode == 0
+    assert site.gpu_assigner("stop").returncode == 0
+    assert last.read_text() == first
+    assert site.gpu_assigner(*start).returncode == 0
+    report = site.report()
+    assert report is not None
+    os.kill(report["pid"], signal.SIGKILL)
+    said = log.read_text()
+    assert site.gpu_assigner("start", "--gpu-list", "0", CUDA_VISIBLE_DEVICES="").returncode == 69
+    assert last.read_text() == said
+    assert not log.exists()
+    old = site.directory / "broker-7.log.1"
+    old.touch()
+    os.utime(old, (0, 0))
+    assert site.gpu_assigner(*start).returncode == 0
+    assert last.exists()
+    assert not old.exists()
 
 
 def test_a_broker_that_fails_leaves_its_log(site: Site) -> None:
@@ -354,6 +387,30 @@ def test_a_read_only_file_system_is_refused(site: Site, small_disk: Path) -> Non
     assert os.listdir(small_disk) == []
 
 
+@pytest.mark.parametrize("name", ["broker.sock", "broker.env", "broker.lock"])
+def test_a_directory_in_the_place_of_a_file(site: Site, name: str) -> None:
+    (site.directory / name).mkdir()
+    result = site.gpu_assigner("start", "--simulate-gpus", "1x32MiB")
+    assert result.returncode == 73
+    said = one_line(result.stderr)
+    assert f"cannot write {site.directory / name}: Is a directory; remove it" in said
+    assert "make room" not in said
+    assert os.listdir(site.directory) == [name]
+
+
+def test_a_launch_without_room_for_a_simulated_gpu_is_advised_once(site: Site, small_disk: Path) -> None:
+    fill(small_disk / "filling")
+    result = subprocess.run(
+        [sys.executable, "-m", "acb.launcher", "--broker", "off", "--simulate-gpus", "1x32MiB", "true"],
+        env=site.environment(ACB_RUNTIME_DIR=str(small_disk)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 73
+    assert (result.stderr.count("\n"), result.stderr.count("ACB_RUNTIME_DIR")) == (1, 1)
+
+
 @pytest.mark.parametrize("room", [0, 4096, 8192])
 @pytest.mark.parametrize("foreground", [[], ["--foreground"]], ids=["background", "foreground"])
 def test_a_full_disk_is_named_and_nothing_is_left(
@@ -380,7 +437,7 @@ def test_a_disk_that_fills_up_later_stops_nobody(site: Site, small_disk: Path) -
     program.do("take_turns", 2, MIB)
     assert program.finish() == 0
     assert site.gpu_assigner("stop", ACB_RUNTIME_DIR=str(small_disk)).returncode == 0
-    assert os.listdir(small_disk) == ["filling"]
+    assert sorted(os.listdir(small_disk)) == ["broker.log.1", "filling"]
 
 
 def simulated(site: Site) -> list[str]:

@@ -96,8 +96,10 @@ def test_a_script_whose_interpreter_is_missing(acb: Installation, tmp_path: Path
         (["--name"], "--name"),
         (["--name", "", "true"], "--name"),
         (["--broker", "perhaps", "true"], "auto, require or off"),
-        (["--gpu-memory", "much", "true"], "'much' is not a size"),
+        (["--gpu-memory", "much", "true"], "--gpu-memory: 'much' is not a size"),
         (["--gpu-memory", "0", "true"], "impossible"),
+        (["--gpu-memory", "10Gb", "true"], "--gpu-memory: '10Gb' may be bits or bytes"),
+        (["--simulate-gpus", "1x-1GiB", "true"], "--simulate-gpus: '-1GiB' is not a size"),
         (["--gpu-memory", "10", "true"], "write a unit, such as 10GiB"),
         (["--simulate-gpus", "2GiB", "true"], "1x2GiB"),
         (["--simulate-gpus=0x2GiB", "true"], "1x2GiB"),
@@ -118,7 +120,10 @@ def test_a_trace_that_cannot_be_written(acb: Installation, tmp_path: Path) -> No
 
 
 def test_help_and_version(acb: Installation) -> None:
-    assert acb.launch(options=["--help"]).stdout.startswith("Usage: acb-launch [OPTION…] [--] COMMAND [ARGUMENT…]\n")
+    said = acb.launch(options=["--help"]).stdout
+    assert said.startswith("Usage: acb-launch [OPTION...] [--] COMMAND [ARGUMENT...]\n")
+    for status in (config.EX_USAGE, config.EX_DATAERR, config.EX_UNAVAILABLE, config.EX_CANTCREAT, config.EX_TEMPFAIL):
+        assert f"{status} " in said.rpartition("Exit statuses")[2]
     assert acb.launch(options=["--version"]).stdout.startswith("acb-launch 0.")
     assert acb.launch(options=["--name", "x", "--version"]).status == config.EX_USAGE  # x is not the end of the options
     assert acb.launch("printf", "%s", "--version") == (0, "--version", "")
@@ -251,6 +256,15 @@ def test_options_become_variables(acb: Installation, tmp_path: Path) -> None:
     assert told["ACB_NAME"] == "a job"
     assert told["ACB_TRACE"] == str(tmp_path / "trace.jsonl")
     assert told["ACB_QUIET"] == "1"
+
+
+def test_a_trace_without_a_broker(acb: Installation, tmp_path: Path) -> None:
+    options = ["--broker=off", "--trace", str(tmp_path / "trace")]
+    said = acb.launch("echo", "ran", options=options)
+    assert said[:2] == (0, "ran\n")
+    assert said.stderr.count("\n") == 1
+    assert "nothing is written to the trace" in said.stderr
+    assert acb.launch("echo", "ran", options=[*options, "--quiet"]).stderr == ""
 
 
 @pytest.mark.parametrize("options", [[], ["--broker", "off"]], ids=["fast", "off"])

@@ -114,7 +114,10 @@ def test_a_stopped_holder_is_shown_and_logged_and_keeps_what_it_has(site: Site) 
     assert row(site, program)[0] == "evacuated"
     other.do("leave")
     program.do("region")
-    assert site.broker_log().count("\n") == 1
+    wait_until("the broker to say that it goes on", lambda: site.broker_log().count("\n") == 2)
+    for line in site.broker_log().splitlines():
+        assert re.match(r"gpu_assigner: \d{4}-\d\d-\d\d \d\d:\d\d:\d\d: process ", line)
+    assert site.broker_log().endswith(f"process {program.pid} (leaser.py) goes on\n")
     assert site.violations() == []
     for each in (program, other):
         each.kill()

@@ -52,6 +52,13 @@ def test_what_is_no_size_is_refused(text: str) -> None:
     assert "such as 10GiB" in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["10Gb", "1 Mb", "5Kb", "5Gib", "2TIb"])
+def test_what_may_be_bits_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"may be bits or bytes; sizes are in bytes: write [GMKT][iI]?B$"):
+        parse_size(text)
+    assert parse_size(text.lower()) == parse_size(text[:-1] + "B")  # batch systems write bytes so
+
+
 @given(sizes)
 def test_an_exact_size_comes_back(size: int) -> None:
     assert parse_size(format_size(size, exact=True)) == size

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 import stat
 import time
 from pathlib import Path
@@ -83,12 +85,36 @@ def test_what_cannot_be_opened_is_said_once(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.skipif(
     not stat.S_ISCHR(os.stat("/dev/null").st_mode) or not os.path.exists("/dev/full"), reason="no /dev/full"
 )
-def test_a_full_disk_ends_the_trace_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("quiet", ["0", "1"])
+def test_a_full_disk_ends_the_trace_and_nothing_else(
+    quiet: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACB_QUIET", quiet)
     trace = Trace("/dev/full", "x")
     for state in ("waiting", "running", "idle"):
         trace.change(state, "whatever")
     assert trace.state == "idle"
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
-    assert "the trace ends here" in captured.err
+    assert "the trace /dev/full ends too early" in captured.err
+    assert "at the state waiting: No space left on device" in captured.err
     trace.close()
+
+
+def test_a_line_that_is_cut_short_is_the_last_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A disk with room for a part of a line takes that, without an error."""
+    file = tmp_path / "trace"
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    trace = Trace(str(file), "x")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))
+        for state in ("waiting", "running", "idle"):
+            trace.change(state, "whatever")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+        trace.close()
+    assert len(file.read_bytes()) == 50
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "at the state waiting: No space left on device" in captured.err

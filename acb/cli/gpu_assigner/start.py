@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import os
 import resource
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from acb.broker import log
 from acb.broker.history import History
 from acb.broker.journal import Journal, as_typed
 from acb.broker.policies import POLICIES
@@ -177,8 +179,7 @@ def _options(options: argparse.Namespace) -> dict[str, Any]:
 
 def _spawn(path: Path, options: argparse.Namespace) -> int:
     """Run the same command in the background, and wait until the socket answers."""
-    log = _beside("log")
-    command = [sys.executable, "-m", "acb.cli.gpu_assigner", "start", "--foreground", "--log", str(log)]
+    command = [sys.executable, "-m", "acb.cli.gpu_assigner", "start", "--foreground", "--log", str(_beside("log"))]
     for name, value in _options(options).items():
         command += [f"--{name.replace('_', '-')}", value] if value else []
     said, saying = os.pipe()  # what it says before it runs; not a file, since a full disk may be what it has to say
@@ -238,6 +239,7 @@ def _serve(path: Path, options: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _end)
     lock = _lock()
+    log.keep(_beside("log"))  # a broker that died has left it
     journal = Journal(_beside("journal"))
     found = journal.path.exists()
     pool = None
@@ -250,8 +252,8 @@ def _serve(path: Path, options: argparse.Namespace) -> int:
             server = _set_up(path, pool, journal, options)
         except OSError as error:
             raise ConfigError(
-                f"cannot write in the runtime directory {path.parent}: {error.strerror or error}; "
-                f"make room, or set ACB_RUNTIME_DIR to another directory",
+                f"cannot write {error.filename or f'in the runtime directory {path.parent}'}: "
+                f"{error.strerror or error}; {_remedy(error)}, or set ACB_RUNTIME_DIR to another directory",
                 EX_CANTCREAT,
             ) from None
         server.serve()
@@ -263,7 +265,7 @@ def _serve(path: Path, options: argparse.Namespace) -> int:
     finally:
         leavings = [path, pid_path(), env_path(), _beside("lock")]
         if not failed:  # else it is about to be written to the log why
-            leavings.append(_beside("log"))
+            log.close(_beside("log"))
         if server is None and not found:  # else the clients of a broker that died still are in it
             leavings.append(journal.path)
         for leaving in leavings:
@@ -280,7 +282,7 @@ def _set_up(path: Path, pool: pools.Pool, journal: Journal, options: argparse.Na
     from acb.broker.server import Server
 
     journal.begin(_options(options))
-    with open(os.devnull if options.log is None else options.log, "wb") as log:
+    with open(os.devnull if options.log is None else options.log, "wb") as stream:
         env_path().write_text("".join(f"{name}={value}\n" for name, value in pool.variables().items()))
         with contextlib.suppress(OSError):
             Path("/proc/self/comm").write_text("gpu_assigner")
@@ -293,9 +295,16 @@ def _set_up(path: Path, pool: pools.Pool, journal: Journal, options: argparse.Na
         )  # fmt: skip
         pid_path().write_text(f"{os.getpid()}\n")
         if options.log is not None:
-            os.dup2(log.fileno(), 2)
+            os.dup2(stream.fileno(), 2)
     _raise_limit()
     return server
+
+
+def _remedy(error: OSError) -> str:
+    """What helps against it."""
+    if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
+        return "remove it"
+    return "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see to that"
 
 
 def _raise_limit() -> None:
@@ -319,7 +328,8 @@ def _lock() -> int:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise ConfigError(
-                f"cannot write {path}: {error.strerror}; set ACB_RUNTIME_DIR to another directory", EX_CANTCREAT
+                f"cannot write {path}: {error.strerror}; {_remedy(error)}, or set ACB_RUNTIME_DIR to another directory",
+                EX_CANTCREAT,
             ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

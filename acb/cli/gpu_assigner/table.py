@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from rich.cells import cell_len, set_cell_size
-
 GAP = 2
 """Spaces between columns."""
 
@@ -26,12 +24,12 @@ class Column(NamedTuple):
 
     def needs(self) -> int:
         """The width that shows all of it."""
-        return max(map(cell_len, (self.heading, *self.cells)))
+        return max(map(_width, (self.heading, *self.cells)))
 
     def least(self) -> int:
         """The width that it cannot do without."""
         loose = self.is_name or self.is_list
-        return min(self.needs(), max(LEAST_NAME, cell_len(self.heading))) if loose else self.needs()
+        return min(self.needs(), max(LEAST_NAME, _width(self.heading))) if loose else self.needs()
 
 
 def fitting(columns: Sequence[Column], width: int) -> tuple[list[Column], list[Column]]:
@@ -61,6 +59,12 @@ def lines(columns: Sequence[Column], width: int, *, unicode: bool) -> Iterator[s
         yield f"(no room for: {names})"
 
 
+def _width(text: str) -> int:
+    from rich.cells import cell_len  # here, for a broker is started without it
+
+    return cell_len(text)
+
+
 def _total(widths: Iterator[int] | Sequence[int]) -> int:
     listed = list(widths)
     return sum(listed) + GAP * (len(listed) - 1)
@@ -68,7 +72,9 @@ def _total(widths: Iterator[int] | Sequence[int]) -> int:
 
 def _place(cell: str, column: Column, width: int, dots: str) -> str:
     """The cell in so many columns."""
-    if cell_len(cell) > width and not column.is_list:
+    from rich.cells import set_cell_size
+
+    if _width(cell) > width and not column.is_list:
         cell = set_cell_size(cell, width - len(dots)).rstrip() + dots
-    blanks = " " * (width - cell_len(cell))
+    blanks = " " * (width - _width(cell))
     return cell + blanks if column.left else blanks + cell

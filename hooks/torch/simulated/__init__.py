@@ -52,12 +52,12 @@ def install(
     from acb.client.runtime import client, warn_once
     from acb.hooks import threads
     from acb.hooks.torch import patching
-    from acb.hooks.torch.simulated import choices, cuda, dispatch, factories, storages, streams, tensors
+    from acb.hooks.torch.simulated import choices, cuda, dispatch, factories, fakes, storages, streams, tensors
 
     atexit.register(_before_the_end)
     provider, describe = card_provider or client, description or client
     _state = state = _State(lambda: _cards_of(provider()), lambda: _cards_of(describe()))
-    steps = [step for module in (cuda, streams, tensors, storages, factories, choices) for step in module.STEPS]
+    steps = [step for module in (cuda, streams, tensors, storages, factories, choices, fakes) for step in module.STEPS]
     patching.apply(state.patches, [_bind(step, state.ledger) for step in steps], warn_once)
     dispatch.enter(state.ledger)
     threads.on_thread_start(_adopt_thread, _release_thread)

@@ -15,6 +15,8 @@ from acb.hooks.torch.simulated.special import SPECIAL
 
 _Tensor: Any = torch.Tensor
 _layout: Any = torch._C.TensorBase.layout.__get__
+_mode_of: Any = torch._C._get_dispatch_mode
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 _NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
 
 
@@ -42,6 +44,8 @@ class SimulatedGPU(TorchDispatchMode):  # type: ignore[misc]
         return self._dispatch(func, types, _with_tensors(func, args), kwargs)
 
     def _dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if _mode_of(_FAKE) is not None:
+            return func(*args, **kwargs or {})  # torch.export and its kin: tensors without memory
         if types and not all(map(_is_plain, types)):
             return NotImplemented  # a subclass that computes in its own way, with operations that come here one by one
         operation = describe(func)
