@@ -46,10 +46,11 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setenv("PYTHONPATH", str(HARNESS))
     monkeypatch.setenv("STANDIN_FILE", str(tmp_path / "pid"))
 
-    def run(*names: str, limit: float = 30) -> Outcome:
+    def run(*names: str, limit: float = 30, left: float = 60) -> Outcome:
         parts = {name: Entry("standin_part", f"one that {name}", (), limit / gpu.PATIENCE, 0) for name in names}
         monkeypatch.setattr(gpu, "PARTS", parts)
-        status = gpu.main(["--simulate", "--out", str(tmp_path / "out"), "--only", ",".join(names)])
+        status = gpu.main(["--simulate", "--out", str(tmp_path / "out"), "--only", ",".join(names),
+                           "--limit", str(left)])  # fmt: skip
         return Outcome(status, capsys.readouterr().out, tmp_path / "out")
 
     return run
@@ -76,6 +77,13 @@ def test_a_part_that_hangs_is_ended_with_all_that_it_has_started(play: Play, tmp
     assert "--- 1-program.txt\nI lie here\n" in outcome.log("hangs")
     assert outcome.said("passes") == ("done", "")
     assert ended(tmp_path)
+
+
+def test_a_part_that_had_less_time_than_it_may_need_is_no_failure(play: Play) -> None:
+    outcome = play("hangs", left=1)
+    status, reason = outcome.said("hangs")
+    assert (status, outcome.status) == ("skipped", 0)
+    assert reason.startswith("too little time was left, 1 s: not done within 1 s")
 
 
 def ended(tmp_path: Path) -> bool:
