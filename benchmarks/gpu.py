@@ -3,8 +3,9 @@
     python -m benchmarks.gpu [--out DIR] [--only PART,…] [--quick] [--simulate]
 
 Every part (benchmarks.gpu_parts) runs in a process of its own, with a time limit, so that the failure of one stops no
-other; all of them together take eight minutes at most. What is missing, be it a package, a GPU or a feature of the
-driver, is skipped by name. The table comes last; DIR/gpu-DATE.json has every figure, and every skip with its reason.
+other; all of them together take eight minutes at most. With --only, the parts named have the time of the others, too.
+What is missing, be it a package, a GPU or a feature of the driver, is skipped by name. The table comes last;
+DIR/gpu-DATE.json has every figure, and every skip with its reason.
 
 --simulate plays the same on a simulated GPU: a test of this benchmark, whose figures say nothing of any GPU.
 
@@ -64,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     results: list[dict[str, Any]] = []
     with Stop().listening() as stop:
-        for name in options.only:
-            result = _play(name, here, options, begun + options.limit - time.time(), stop)
+        for number, name in enumerate(options.only, 1):
+            result = _play(name, options.only[number:], here, options, begun + options.limit - time.time(), stop)
             results.append(result)
             _say(f"{name}: {result['status']} {result['reason']}".rstrip())
             figures |= {"seconds": round(time.time() - begun, 1), "parts": {r["name"]: r for r in results}}
@@ -109,8 +110,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _play(name: str, here: Card, options: argparse.Namespace, left: float, stop: Stop) -> dict[str, Any]:
-    """One part: what it has told, or why it cannot be played (see playing)."""
+def _play(
+    name: str, later: Sequence[str], here: Card, options: argparse.Namespace, left: float, stop: Stop
+) -> dict[str, Any]:
+    """One part: what it has told, or why it cannot be played (see playing).
+
+    Of the time left it may have its own limit, and all that the `later` parts may not need.
+    """
     entry = PARTS[name]
     reason = stop.reason or here.obstacle or entry.obstacle(simulate=options.simulate)
     if not reason and left < entry.least:
@@ -118,7 +124,10 @@ def _play(name: str, here: Card, options: argparse.Namespace, left: float, stop:
     reason = reason or card.others(here)
     if reason:
         return playing.empty(name, "skipped", reason)
-    limit = min(entry.limit * (PATIENCE if options.simulate else 1.0), left)
+    slower = PATIENCE if options.simulate else 1.0
+    playable = [PARTS[part] for part in later if not PARTS[part].obstacle(simulate=options.simulate)]
+    spare = left - slower * sum(part.limit for part in playable)
+    limit = min(max(slower * entry.limit, spare), left)
     settings = {"simulate": options.simulate, "quick": options.quick, "capacity": here.capacity}
     return playing.play(name, entry, settings, limit, options.out / f"{name}.log", stop)
 

@@ -46,8 +46,9 @@ def sized(settings: Settings, directory: Path) -> Size:
     """A protein so long that the attention, which grows with the cube of its length, fills a third of the GPU.
 
     Long proteins are what fills a GPU in life, too. The nearest in length of pyhmmer's real proteins is taken: with it
-    a job took 38 s beside an H100, 4 of them on the GPU, and four jobs have to be played three times in the part's
-    time. The length is bounded by what the language model is made for.
+    a job took 38 s beside an H100, 4 of them on the GPU and 16 relaxing, which was 500 steps then. It is 100 now, whose
+    time has not been measured: four jobs have to be played twice in the part's time. The length is bounded by what the
+    language model is made for.
     """
     if settings.simulate:
         fasta = directory / "short.fasta"

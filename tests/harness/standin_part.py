@@ -25,6 +25,11 @@ def passes(part: Part) -> None:
     part.tell("a target", "2", "at most 1", False, "a remark with [/tmp/x] and [gpu:0] in it")
 
 
+def measures(part: Part) -> None:
+    """Its time."""
+    part.figures["left"] = part.left()
+
+
 def fails(part: Part) -> None:
     part.check("one is two", 1 == 2)
 

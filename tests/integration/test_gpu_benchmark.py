@@ -16,6 +16,7 @@ from broker_harness import wait_until
 
 from benchmarks import gpu
 from benchmarks.gpu_parts import Entry
+from benchmarks.gpu_parts.playing import GRACE
 
 HARNESS = Path(__file__).parents[1] / "harness"
 
@@ -70,7 +71,7 @@ def test_a_program_s_last_words_are_kept_when_its_part_breaks(play: Play) -> Non
 
 
 def test_a_part_that_hangs_is_ended_with_all_that_it_has_started(play: Play, tmp_path: Path) -> None:
-    outcome = play("hangs", "passes", limit=3)
+    outcome = play("hangs", "passes", limit=3, left=5)
     status, reason = outcome.said("hangs")
     assert (status, outcome.status) == ("failed", 1)
     assert reason.startswith('not done within 3 s, after "it begins"; see ')
@@ -84,6 +85,12 @@ def test_a_part_that_had_less_time_than_it_may_need_is_no_failure(play: Play) ->
     status, reason = outcome.said("hangs")
     assert (status, outcome.status) == ("skipped", 0)
     assert reason.startswith("too little time was left, 1 s: not done within 1 s")
+
+
+def test_a_part_has_the_time_that_no_later_one_needs(play: Play) -> None:
+    """Of 60 s: but for what the other may need, and what is kept to end it."""
+    first = play("measures", "passes", limit=20).parts["measures"]["figures"]["left"]
+    assert 20 < first <= 60 - 20 - GRACE
 
 
 def ended(tmp_path: Path) -> bool:
