@@ -57,6 +57,31 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     return run
 
 
+@pytest.mark.parametrize(
+    ("name", "status", "reason"),
+    [
+        ("fails", "done", ""),
+        ("crashes", "failed", "RuntimeError: [/broken]"),
+        ("dies", "failed", 'ended with status -11, after "it begins"; see '),
+    ],
+)
+def test_what_is_wrong_in_one_part_is_told_and_stops_no_other(play: Play, name: str, status: str, reason: str) -> None:
+    outcome = play(name, "skips")
+    assert outcome.status == 1
+    assert outcome.said(name)[0] == status
+    assert outcome.said(name)[1].startswith(reason)
+    assert outcome.said("skips") == ("skipped", "there is nothing to do")
+    kinds = {row["question"]: row["kind"] for row in outcome.parts[name]["rows"]}
+    assert kinds == {"it begins": "passed"} | ({"one is two": "failed"} if name == "fails" else {})
+    assert "missed" in outcome.printed
+
+
+def test_nothing_wrong_is_status_0(play: Play) -> None:
+    outcome = play("passes", "skips")
+    assert outcome.status == 0
+    assert {row["kind"] for part in outcome.parts.values() for row in part["rows"]} == {"passed", "measured"}
+
+
 def test_every_remark_is_told_as_it_is(play: Play) -> None:
     """None is taken for markup."""
     outcome = play("passes")

@@ -26,8 +26,8 @@ class Clock:
 class Actor:
     """A program of `takes` seconds that ends with `outcome`."""
 
-    def __init__(self, clock: Clock, takes: float, outcome: str) -> None:
-        self.clock, self.takes, self.outcome, self.name = clock, takes, outcome, "actor"
+    def __init__(self, clock: Clock, takes: float, outcome: str, acb: bool) -> None:
+        self.clock, self.takes, self.outcome, self.name, self.acb = clock, takes, outcome, "actor", acb
         self.started = self.ended = clock.now
 
     def wait(self, seconds: float) -> str:
@@ -70,7 +70,7 @@ class Stage:
         return 0
 
     def program(self, *_: object, acb: bool, **__: object) -> Actor:
-        return Actor(self.clock, *self.script[acb])
+        return Actor(self.clock, *self.script[acb], acb)
 
 
 SUMMARY = {
@@ -151,6 +151,36 @@ def test_programs_that_hang_under_acb_are_a_failure(clock: Clock, tmp_path: Path
 def test_programs_that_fail_under_acb_are_a_failure(clock: Clock, tmp_path: Path, module: Any) -> None:
     rows, _ = played(module, tmp_path, 200, (5, "finished"), (1, "failed"))
     assert rows[AT_ONCE[module]] == "failed"
+
+
+@PARTS
+def test_results_that_are_others_under_acb_are_a_failure(
+    clock: Clock, tmp_path: Path, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def results(job: jobs.Job) -> dict[str, bytes]:
+        acb = job.program.acb  # type: ignore[attr-defined]
+        detection = b'[[{"box": [1], "score": %f}]]' % (0.9 if acb else 0.5)
+        return {"a_unrelaxed.pdb": b"ENDMDL" if acb else b"END", "detections.json": detection}
+
+    monkeypatch.setattr(jobs.Job, "results", results)
+    rows, _ = played(module, tmp_path, 200, (5, "finished"), (5, "finished"))
+    assert (
+        sorted(question for question, kind in rows.items() if kind == "failed")
+        == {
+            experiment: ["4 at once with acb give what one gives alone"],
+            workloads: [f"{name}, at once with others, as alone" for name in ("detect", "fold", "fold_jax", "train")],
+            video: ["detections are those of the stream alone"],
+        }[module]
+    )
+
+
+def test_a_job_that_gives_something_else_each_time_is_a_failure(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = iter(range(100))
+    monkeypatch.setattr(jobs.Job, "results", lambda _: {"a_unrelaxed.pdb": b"%d" % next(numbers)})
+    rows, _ = played(experiment, tmp_path, 200, (5, "finished"), (5, "finished"))
+    assert rows["the job gives the same twice"] == "failed"
 
 
 @pytest.mark.parametrize(("module", "seconds"), [(experiment, 25), (workloads, 10), (video, 25)])
