@@ -128,7 +128,8 @@ def _play(
     playable = [PARTS[part] for part in later if not PARTS[part].obstacle(simulate=options.simulate)]
     spare = left - slower * sum(part.limit for part in playable)
     limit = min(max(slower * entry.limit, spare), left)
-    settings = {"simulate": options.simulate, "quick": options.quick, "capacity": here.capacity}
+    settings = {"simulate": options.simulate, "quick": options.quick, "capacity": here.capacity,
+                "gpu": here.facts.get("uuid", "")}  # fmt: skip
     return playing.play(name, entry, settings, limit, options.out / f"{name}.log", stop)
 
 

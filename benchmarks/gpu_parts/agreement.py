@@ -79,7 +79,7 @@ def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """`margin` is how much likelier the class is than the next."""
     if one["box"] != other["box"] or not abs(one["score"] - other["score"]) <= SCORE:
         return False
-    return one["class"] == other["class"] or max(one["margin"], other["margin"]) <= SCORE
+    return bool(one["class"] == other["class"]) or bool(max(one["margin"], other["margin"]) <= SCORE)
 
 
 def training(one: Files, other: Files) -> float | None:

@@ -23,7 +23,7 @@ SPEEDUP, EFFICIENCY = 2.9, 0.95
 
 def run(part: Part) -> None:
     """Alone first, then four at once, which matters most, then the others as far as the time goes."""
-    with Stage(part.settings.spec) as stage:
+    with Stage(part.settings) as stage:
         size = jobs.sized(part.settings, part.file.parent)
         alone = _alone(part, stage, size)
     counts = (4,) if part.settings.simulate and part.settings.quick else (4, 2, 8, 1)
@@ -68,9 +68,9 @@ def _alone(part: Part, stage: Stage, size: jobs.Size) -> dict[str, Any]:
 
 def _at_once(part: Part, size: jobs.Size, alone: dict[str, Any], count: int) -> None:
     cores = len(os.sched_getaffinity(0))
-    with Stage(part.settings.spec) as stage:
+    with Stage(part.settings) as stage:
         bare = _play(stage, size, count, part.left() / 2, acb=False)  # the other half is acb's
-    with Stage(part.settings.spec) as stage:
+    with Stage(part.settings) as stage:
         stage.start_broker()
         given = part.left()
         brokered = _play(stage, size, count, given, acb=True)

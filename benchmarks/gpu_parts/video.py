@@ -32,7 +32,7 @@ def run(part: Part) -> None:
     """Alone, both without acb, both with it."""
     options = SIMULATED if part.settings.simulate else QUICK if part.settings.quick else REAL
     cores = len(os.sched_getaffinity(0))
-    with Stage(part.settings.spec) as stage:
+    with Stage(part.settings) as stage:
         job = _begin(stage, options, "alone", acb=False)
         if problem := jobs.alone(part, "a stream", job.program, part.left()):
             raise Skip(problem)
@@ -46,12 +46,12 @@ def run(part: Part) -> None:
     if part.left() < 2 * expected:
         part.skip("two at once without acb", f"all take about {2 * expected:.0f} s, {part.left():.0f} s are left")
     else:
-        with Stage(part.settings.spec) as stage:
+        with Stage(part.settings) as stage:
             bare = _play(stage, options, part.left() / 2, acb=False)  # the other half is acb's
         _tell(part, "two at once without acb", bare, rate, f"{cores} cores")
     if part.left() < expected:
         raise Skip(f"two at once with acb take about {expected:.0f} s, {part.left():.0f} s are left")
-    with Stage(part.settings.spec) as stage:
+    with Stage(part.settings) as stage:
         stage.start_broker()
         given = part.left()
         brokered = _play(stage, options, given, acb=True)

@@ -94,7 +94,7 @@ def _alone(part: Part, workloads: list[Workload]) -> dict[str, Files]:
     """The files of each that runs; half of the time is kept for all of them at once."""
     keep = 0.4 * part.left()
     found: dict[str, Files] = {}
-    with Stage(part.settings.spec) as stage:
+    with Stage(part.settings) as stage:
         stage.environment |= DETERMINISTIC
         for workload in workloads:
             job = _begin(part, stage, workload, acb=False)
@@ -111,7 +111,7 @@ def _alone(part: Part, workloads: list[Workload]) -> dict[str, Files]:
 
 def _at_once(part: Part, workloads: list[Workload], alone: dict[str, Files]) -> None:
     one_by_one = sum(part.figures[workload.name]["alone_s"] for workload in workloads)
-    with Stage(part.settings.spec) as stage:
+    with Stage(part.settings) as stage:
         stage.environment |= DETERMINISTIC
         stage.start_broker("--driver-tier", "off")  # or it would have to clear away contexts, too; see part driver
         begun, given = time.monotonic(), part.left()
