@@ -3,13 +3,17 @@
     python -m benchmarks.gpu [--out DIR] [--only PART,…] [--quick] [--simulate]
 
 Every part (benchmarks.gpu_parts) runs in a process of its own, with a time limit, so that the failure of one stops no
-other; all of them together take eight minutes at most. What is missing, be it a package, a GPU or a feature of the
-driver, is skipped by name. The table comes last; DIR/gpu-DATE.json has every figure, and every skip with its reason.
+other; all of them together take eight minutes at most. With --only, the parts named have the time of the others, too.
+What is missing, be it a package, a GPU or a feature of the driver, is skipped by name. The table comes last;
+DIR/gpu-DATE.json has every figure, and every skip with its reason.
 
 --simulate plays the same on a simulated GPU: a test of this benchmark, whose figures say nothing of any GPU.
 
 Ctrl-C, or a batch system's SIGTERM, ends the part that runs and all that it has started; what has been found till then
-is in the table and in the file. Status 1 when something was found to be wrong; a missed target alone is none.
+is in the table and in the file.
+
+Status 1 when something was found to be wrong. A missed target is not that, nor too little time, nor a GPU that somebody
+else uses; a program that crashes without acb is.
 """
 
 from __future__ import annotations
@@ -22,10 +26,11 @@ import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks import report
-from benchmarks.gpu_parts import PARTS, playing
+from benchmarks.gpu_parts import PARTS, card, playing
+from benchmarks.gpu_parts.card import Card
 from benchmarks.gpu_parts.playing import Stop
 
 TIME = 480.0
@@ -43,19 +48,11 @@ PACKAGES = (
 )  # fmt: skip
 
 
-class Card(NamedTuple):
-    """The GPU, in words and in bytes; `obstacle`: why there is none to use."""
-
-    facts: dict[str, Any]
-    capacity: int
-    obstacle: str = ""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts, print the table."""
     options = _parser().parse_args(arguments)
     begun = time.time()
-    card = Card({"name": "simulated"}, SIMULATED) if options.simulate else find()
+    here = card.simulated(SIMULATED) if options.simulate else card.find()
     options.out.mkdir(parents=True, exist_ok=True)
     now = datetime.now(timezone.utc)
     file = options.out / f"gpu-{now:%Y%m%d-%H%M%S}.json"
@@ -63,19 +60,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "date": f"{now:%Y-%m-%dT%H:%M:%SZ}",
         "simulated": options.simulate,
         "quick": options.quick,
-        "gpu": card.facts,
+        "gpu": here.facts,
         "versions": versions(),
     }
     results: list[dict[str, Any]] = []
     with Stop().listening() as stop:
-        for name in options.only:
-            result = _play(name, card, options, begun + options.limit - time.time(), stop)
+        for number, name in enumerate(options.only, 1):
+            result = _play(name, options.only[number:], here, options, begun + options.limit - time.time(), stop)
             results.append(result)
             _say(f"{name}: {result['status']} {result['reason']}".rstrip())
             figures |= {"seconds": round(time.time() - begun, 1), "parts": {r["name"]: r for r in results}}
             report.write(figures, file)  # of which nothing is lost, whatever happens to the next part
-    words = "a simulated GPU" if options.simulate else card.facts.get("name", "no GPU")
-    report.publish(f"acb on {words}", [row for r in results for row in _rows(r, card)], figures, file)
+    words = "a simulated GPU" if options.simulate else here.facts.get("name", "no GPU")
+    report.publish(f"acb on {words}", [row for r in results for row in _rows(r, here)], figures, file)
     print(f"figures: {file}")
     if stop.number:
         return 128 + stop.number
@@ -104,27 +101,6 @@ def _parts(text: str) -> list[str]:
     return names
 
 
-def find() -> Card:
-    """The first GPU that this job may use, as NVML describes it."""
-    from acb.devices.nvml import Nvml, NvmlError
-
-    try:
-        with Nvml() as nvml:
-            if not nvml.devices:
-                return Card({}, 0, "no NVIDIA GPU: this job may use none")
-            device = nvml.devices[0]
-            settings = nvml.settings(device.ordinal)
-            facts = {
-                **device._asdict(), "free": nvml.free(device.ordinal), "driver": nvml.driver_version(),
-                "cuda": nvml.cuda_version(), "gpus": len(nvml.devices), **settings._asdict(),
-            }  # fmt: skip
-            obstacle = settings.obstacle(device)
-            return Card(facts, device.capacity, f"no NVIDIA GPU to lend: {obstacle}" if obstacle else "")
-    except NvmlError as error:
-        words = str(error)
-        return Card({}, 0, words if words.startswith("no NVIDIA GPU") else f"no NVIDIA GPU can be found: {words}")
-
-
 def versions() -> dict[str, str]:
     """Of the packages that matter, as far as they are installed."""
     found = {}
@@ -134,23 +110,33 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _play(name: str, card: Card, options: argparse.Namespace, left: float, stop: Stop) -> dict[str, Any]:
-    """One part: what it has told, or why it cannot be played (see playing)."""
+def _play(
+    name: str, later: Sequence[str], here: Card, options: argparse.Namespace, left: float, stop: Stop
+) -> dict[str, Any]:
+    """One part: what it has told, or why it cannot be played (see playing).
+
+    Of the time left it may have its own limit, and all that the `later` parts may not need.
+    """
     entry = PARTS[name]
-    reason = stop.reason or card.obstacle or entry.obstacle(simulate=options.simulate)
+    reason = stop.reason or here.obstacle or entry.obstacle(simulate=options.simulate)
     if not reason and left < entry.least:
         reason = f"only {max(0.0, left):.0f} s of {options.limit:.0f} s are left"
+    reason = reason or card.others(here)
     if reason:
         return playing.empty(name, "skipped", reason)
-    limit = min(entry.limit * (PATIENCE if options.simulate else 1.0), left)
-    settings = {"simulate": options.simulate, "quick": options.quick, "capacity": card.capacity}
+    slower = PATIENCE if options.simulate else 1.0
+    playable = [PARTS[part] for part in later if not PARTS[part].obstacle(simulate=options.simulate)]
+    spare = left - slower * sum(part.limit for part in playable)
+    limit = min(max(slower * entry.limit, spare), left)
+    settings = {"simulate": options.simulate, "quick": options.quick, "capacity": here.capacity,
+                "gpu": here.facts.get("uuid", "")}  # fmt: skip
     return playing.play(name, entry, settings, limit, options.out / f"{name}.log", stop)
 
 
-def _rows(result: dict[str, Any], card: Card) -> list[report.Row]:
+def _rows(result: dict[str, Any], here: Card) -> list[report.Row]:
     """A part's lines of the table; "simulated" is said in each."""
     title = PARTS[result["name"]].title
-    mark = "simulated" if card.facts.get("name") == "simulated" else ""
+    mark = "simulated" if here.simulated else ""
     found = []
     for row in result["rows"]:
         remark = f"skipped: {row['remark']}" if row["kind"] == "skipped" else row["remark"]

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 class Entry(NamedTuple):
     """A part: `module` (".NAME": of this package) has ``run(part)``. `needs` are packages. `limit` and `least` are
-    seconds: when it is ended, and with how little time left it is not begun. `simulated`: why it cannot run on a
-    simulated GPU; "": it can.
+    seconds: when it is ended, if later parts need the time, and with how little time left it is not begun.
+    `simulated`: why it cannot run on a simulated GPU; "": it can.
     """
 
     module: str

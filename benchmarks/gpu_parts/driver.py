@@ -59,7 +59,7 @@ def run(part: Part) -> None:
     """The probe, then the sizes in order: what does not work for a small one is not tried with a larger."""
     simulate = part.settings.simulate
     wanted = sizes(part)
-    with Stage(part.settings.spec) as stage:
+    with Stage(part.settings) as stage:
         empty = stage.free()
         program, copier = cast(stage, "torch", {"subject": (), "copier": ()}, acb=False)
         directory = next(map(str, stage.directory.glob("simulated-*")), "")

@@ -23,7 +23,7 @@ SPEEDUP, EFFICIENCY = 2.9, 0.95
 
 def run(part: Part) -> None:
     """Alone first, then four at once, which matters most, then the others as far as the time goes."""
-    with Stage(part.settings.spec) as stage:
+    with Stage(part.settings) as stage:
         size = jobs.sized(part.settings, part.file.parent)
         alone = _alone(part, stage, size)
     counts = (4,) if part.settings.simulate and part.settings.quick else (4, 2, 8, 1)
@@ -39,12 +39,12 @@ def _alone(part: Part, stage: Stage, size: jobs.Size) -> dict[str, Any]:
     """Seconds, GPU seconds and CPU seconds of one job, its memory and its files."""
     with jobs.Watch(stage) as watch:
         first = jobs.begin(stage, size, "first", acb=False)
-        outcome = first.program.wait(part.left())
-    if outcome != "finished":
-        raise Skip(f"a job does not even run alone: {outcome}: {first.program.problem()}")
+        problem = jobs.alone(part, "a job", first.program, part.left())
+    if problem:
+        raise Skip(problem)
     job = jobs.begin(stage, size, "alone", acb=False)
-    if job.program.wait(part.left()) != "finished":
-        raise Skip(f"a job does not run a second time: {job.program.problem()}")
+    if problem := jobs.alone(part, "the same job a second time", job.program, part.left()):
+        raise Skip(problem)
     told = job.summary()
     on_gpu = sum(step["processor_s"] for step in told["steps"] if step["kind"] == "gpu")
     found = {
@@ -68,11 +68,12 @@ def _alone(part: Part, stage: Stage, size: jobs.Size) -> dict[str, Any]:
 
 def _at_once(part: Part, size: jobs.Size, alone: dict[str, Any], count: int) -> None:
     cores = len(os.sched_getaffinity(0))
-    with Stage(part.settings.spec) as stage:
-        bare = _play(part, stage, size, count, acb=False)
-    with Stage(part.settings.spec) as stage:
+    with Stage(part.settings) as stage:
+        bare = _play(stage, size, count, part.left() / 2, acb=False)  # the other half is acb's
+    with Stage(part.settings) as stage:
         stage.start_broker()
-        brokered = _play(part, stage, size, count, acb=True)
+        given = part.left()
+        brokered = _play(stage, size, count, given, acb=True)
         totals = (stage.status() or {}).get("totals", {})
         agreements = [
             structures(alone["results"], job.results()) for job in brokered["jobs"]
@@ -90,9 +91,13 @@ def _at_once(part: Part, size: jobs.Size, alone: dict[str, Any], count: int) -> 
         "speedup": speedup, "efficiency": efficiency, "bitwise_equal": [a == 0.0 for a in agreements],
         "evacuations": totals.get("evacuations"), "evacuated_bytes": totals.get("evacuated_bytes"),
     }  # fmt: skip
-    done, lost = bare["outcomes"].count("finished"), bare["outcomes"].count("out of memory")
+    done, lost, cut = (bare["outcomes"].count(o) for o in ("finished", "out of memory", "not done in time"))
+    late = f", {cut} not done in time" if cut else ""
     part.tell(f"{count} at once without acb", f"{done} of {count}", None, None,
-              f"finish, {lost} out of memory; {bare['seconds']:.1f} s")  # fmt: skip
+              f"finish, {lost} out of memory{late}; {bare['seconds']:.1f} s")  # fmt: skip
+    if reason := jobs.lacking(brokered["outcomes"], given, sequential):
+        part.skip(f"{count} at once with acb", reason)
+        return
     finished = brokered["outcomes"].count("finished")
     part.check(f"{count} at once with acb all finish", finished == count, "; ".join(brokered["problems"])[:400])
     exact = agreements.count(0.0)
@@ -111,11 +116,11 @@ def _at_once(part: Part, size: jobs.Size, alone: dict[str, Any], count: int) -> 
               f"{totals.get('evacuations', 0)} evacuations")  # fmt: skip
 
 
-def _play(part: Part, stage: Stage, size: jobs.Size, count: int, *, acb: bool) -> dict[str, Any]:
-    """From the common start to the last end, in seconds."""
+def _play(stage: Stage, size: jobs.Size, count: int, given: float, *, acb: bool) -> dict[str, Any]:
+    """From the common start to the last end, in seconds; what runs after those given is killed."""
     begun = time.monotonic()
     started = [jobs.begin(stage, size, str(number), acb=acb) for number in range(count)]
-    outcomes = [job.program.wait(part.left()) for job in started]
-    problems = [job.program.problem() for job, o in zip(started, outcomes, strict=True) if o != "finished"]
+    outcomes = jobs.wait([job.program for job in started], given)
+    problems = [f"{o}: {job.program.problem()}" for job, o in zip(started, outcomes, strict=True) if o != "finished"]
     seconds = max(job.program.ended for job in started) - begun
     return {"jobs": started, "outcomes": outcomes, "problems": problems, "seconds": seconds}

@@ -54,7 +54,7 @@ def run(part: Part) -> None:
         if part.left() < 8 + 1.2 * nbytes / GB:
             part.skip(words(nbytes), f"only {part.left():.0f} s are left")
             continue
-        with Stage(part.settings.spec) as stage:
+        with Stage(part.settings) as stage:
             copy = plain_copy(stage, nbytes)
             figures = move(part, stage, nbytes)
         judge(part, words(nbytes), figures, copy)

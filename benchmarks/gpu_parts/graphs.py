@@ -70,7 +70,7 @@ def right(program: Program) -> bool:
 def hold(part: Part) -> None:
     """Without the driver tier. The program has more than half of the GPU: beside less, others make do with the rest."""
     nbytes = int(part.settings.capacity * 0.55)
-    with Stage(part.settings.spec) as stage:
+    with Stage(part.settings) as stage:
         stage.start_broker("--driver-tier", "off")
         program, other = cast(stage, "torch", {"immovable": (), "other": ("--gpu-memory", f"{nbytes}B")})
         program.do("reserve", nbytes - sized(part))
@@ -86,7 +86,7 @@ def hold(part: Part) -> None:
 
 def suspend(part: Part) -> None:
     """With the driver tier, there and back as often as the time allows."""
-    with Stage(part.settings.spec) as stage:
+    with Stage(part.settings) as stage:
         stage.start_broker("--driver-tier", "on")
         empty = stage.free()
         program, other = cast(stage, "torch", {"immovable": (), "other": ()})

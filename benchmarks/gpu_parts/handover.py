@@ -60,7 +60,7 @@ def _large(part: Part) -> int:
 
 def lease_alone(part: Part, rounds: int) -> None:
     """Nothing lies on the GPU: the price of the decision and of telling everybody."""
-    with Stage(part.settings.spec) as stage:
+    with Stage(part.settings) as stage:
         stage.start_broker()
         command = [sys.executable, "-c", handover.PEER]
         commands = [stage.command(f"peer {number}", command) for number in range(2)]
@@ -88,7 +88,7 @@ def data_stays(part: Part, nbytes: int, rounds: int) -> None:
 
 def data_moves(part: Part, nbytes: int, rounds: int) -> None:
     """The one's data makes way for the other's."""
-    with Stage(part.settings.spec) as stage:
+    with Stage(part.settings) as stage:
         copy = stage.subject("torch", "copy", acb=False).do("copy", nbytes)
     memory = part.settings.capacity - int(LEAVES * nbytes)
     told, totals = _play(part, nbytes, memory, rounds, warm_up=WARM_UP, rested=0)
@@ -118,7 +118,7 @@ def _play(
     part: Part, nbytes: int, memory: int, rounds: int, warm_up: int = handover.WARM_UP, rested: int = 4
 ) -> tuple[handover.Told, dict[str, Any]]:
     """What two processes measure that hold `nbytes` each and ask for `memory`, and the broker's totals."""
-    with Stage(part.settings.spec) as stage:
+    with Stage(part.settings) as stage:
         stage.start_broker()
         script = [sys.executable, str(PROGRAMS / "handover_peer.py")]
         commands = [stage.command(f"peer {number}", script) for number in range(2)]

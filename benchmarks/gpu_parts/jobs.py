@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.gpu_parts.part import GB, Settings
+from benchmarks.gpu_parts.part import GB, Part, Settings
 from benchmarks.gpu_parts.stage import WORKLOADS, Program, Stage
 from benchmarks.workloads.fasta import Protein, bundled_proteins, read_fasta
 
@@ -20,6 +22,9 @@ HEADS = 8
 
 BESIDES = 1.5 * GB
 """Bytes of a job beside that attention: weights, other activations, the CUDA context."""
+
+ENOUGH = 1.5
+"""Times what they take one after the other, after which programs at once are taken to hang."""
 
 LONGEST = 1022
 SIMULATED = ("--layers", "4", "--width", "1024", "--relax-steps", "200", "--relax-rounds", "1", "--search-rounds", "1")
@@ -41,8 +46,9 @@ def sized(settings: Settings, directory: Path) -> Size:
     """A protein so long that the attention, which grows with the cube of its length, fills a third of the GPU.
 
     Long proteins are what fills a GPU in life, too. The nearest in length of pyhmmer's real proteins is taken: with it
-    a job took 38 s beside an H100, 4 of them on the GPU, and four jobs have to be played three times in the part's
-    time. The length is bounded by what the language model is made for.
+    a job took 38 s beside an H100, 4 of them on the GPU and 16 relaxing, which was 500 steps then. It is 100 now, whose
+    time has not been measured: four jobs have to be played twice in the part's time. The length is bounded by what the
+    language model is made for.
     """
     if settings.simulate:
         fasta = directory / "short.fasta"
@@ -95,6 +101,38 @@ def begin(stage: Stage, size: Size, name: str, *, acb: bool) -> Job:
     shutil.rmtree(out, ignore_errors=True)
     arguments = [str(size.fasta), "--out", str(out), "--device", "cuda", *size.options]
     return Job(stage.program(name, WORKLOADS / "fold.py", arguments, acb=acb), out)
+
+
+def alone(part: Part, what: str, program: Program, seconds: float) -> str:
+    """Wait so long for a program without acb: why nothing can be compared with it, '' when it has finished.
+
+    That it crashes is told as a failure: it is none of acb's, but no result either.
+    """
+    outcome = program.wait(seconds)
+    if outcome == "failed":
+        part.check(f"{what} runs without acb", False, program.problem())
+    return {
+        "finished": "",
+        "not done in time": f"{what} is not done within the {seconds:.0f} s that it could be given",
+        "out of memory": f"{what} runs out of memory without acb: {program.problem()}",
+    }.get(outcome, f"{what} does not run without acb: {program.problem()}")
+
+
+def lacking(outcomes: Sequence[str], seconds: float, sequential: float) -> str:
+    """Why nothing is known of programs at once that were given so many seconds; `sequential`: one after the other.
+
+    '' when all have ended, by themselves, or had time enough: then they hang, and are at fault.
+    """
+    cut = "not done in time" in outcomes and set(outcomes) <= {"finished", "not done in time"}
+    if not cut or seconds >= ENOUGH * sequential:
+        return ""
+    return f"not done within the {seconds:.0f} s that were left; one after the other they take {sequential:.0f} s"
+
+
+def wait(programs: Sequence[Program], seconds: float) -> list[str]:
+    """What comes of each within so many seconds for all."""
+    end = time.monotonic() + seconds
+    return [program.wait(end - time.monotonic()) for program in programs]
 
 
 class Watch:

@@ -31,7 +31,7 @@ def run(part: Part) -> None:
     size = 64 * MIB if part.settings.simulate else 512 * MIB
     roles = dict.fromkeys(STEPS, ("--gpu-memory", f"{size * 3 // 2}B"))
     roles["other"] = ("--gpu-memory", f"{part.settings.capacity - size // 2}B")
-    with Stage(part.settings.spec) as stage:
+    with Stage(part.settings) as stage:
         stage.start_broker(*OPTIONS)
         *programs, other = cast(stage, "torch", roles)
         other.do("load", "data", size, 4)

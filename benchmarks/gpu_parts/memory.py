@@ -39,7 +39,7 @@ def play(part: Part, framework: str, title: str) -> None:
     """See the module."""
     simulate = part.settings.simulate
     size = 128 * MIB if simulate else max(2 * GB, part.settings.capacity // 25)
-    with Stage(part.settings.spec) as stage:
+    with Stage(part.settings) as stage:
         stage.start_broker("--driver-tier", "off")
         little = f"{size // 8}B"
         first, second = cast(stage, framework, {"first": (), "second": ("--gpu-memory", little)})

@@ -36,7 +36,7 @@ def run(part: Part) -> None:
         elif part.left() < 12:
             part.skip(framework, f"only {part.left():.0f} s are left")
         else:
-            with Stage(part.settings.spec) as stage:
+            with Stage(part.settings) as stage:
                 stage.start_broker()
                 with contextlib.ExitStack() as stack:
                     count = 1 if part.settings.quick else PAIRS

@@ -21,7 +21,7 @@ class Skip(Exception):
 
 @dataclass
 class Settings:
-    """The GPU (the first of those visible, or a simulated one) of `capacity` bytes; `deadline` on time.time()'s clock.
+    """The GPU (a simulated one, or that of the UUID `gpu`) of `capacity` bytes; `deadline` on time.time()'s clock.
 
     `quick`: small sizes and few rounds.
     """
@@ -30,6 +30,7 @@ class Settings:
     quick: bool
     capacity: int
     deadline: float
+    gpu: str = ""
 
     @property
     def spec(self) -> str | None:

@@ -24,6 +24,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SHORT = 60
 """Bytes of the path of a directory beneath which a stage's socket has a path that Linux accepts: 107."""
 
+GRACE = 3.0
+"""Seconds before its end that a part is told of as its deadline."""
+
 TAIL = 4000
 """Bytes of the end of each program's log that are kept."""
 
@@ -65,11 +68,13 @@ def play(name: str, entry: Entry, settings: dict[str, Any], limit: float, log: P
     """What its file says when it has ended: {name, status, reason, rows, figures, seconds}; see part.Part.
 
     `settings` are a part's (see part.Settings) but for the deadline. A part that does not end within `limit` seconds,
-    or before a signal comes, is killed with all that it has started; what it had told till then counts. What it and its
+    or before a signal comes, is killed with all that it has started; what it had told till then counts. That is a
+    failure when it had all the time that it may need, `entry.limit`, and no verdict when it had less. What it and its
     programs have said is in `log`.
     """
     begun = time.time()
-    arguments = json.dumps(settings | {"deadline": begun + limit - 3})
+    deadline = begun + limit - GRACE
+    arguments = json.dumps(settings | {"deadline": deadline})
     with scratch() as directory, log.open("wb") as stream:
         file = directory / "part.json"
         process = subprocess.Popen(
@@ -78,7 +83,8 @@ def play(name: str, entry: Entry, settings: dict[str, Any], limit: float, log: P
             start_new_session=True,
         )  # fmt: skip
         try:
-            late = not _ends(process, begun + limit, stop)
+            _end(process, begun + limit, stop)
+            late = time.time() >= deadline
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
@@ -87,6 +93,8 @@ def play(name: str, entry: Entry, settings: dict[str, Any], limit: float, log: P
         if result["status"] == "running":
             stream.write(said(directory).encode())  # which a part that comes to its end has written itself
             result |= _cut(result, process.returncode, limit if late else None, log, stop)
+        if result["status"] == "failed" and late and limit < entry.limit:
+            result |= {"status": "skipped", "reason": f"too little time was left, {limit:.0f} s: {result['reason']}"}
     return {**result, "seconds": round(time.time() - begun, 1)}
 
 
@@ -110,13 +118,12 @@ def said(directory: Path) -> str:
     return "".join(found)
 
 
-def _ends(process: subprocess.Popen[bytes], deadline: float, stop: Stop) -> bool:
-    """Whether it does by itself, before the deadline and before a signal comes."""
+def _end(process: subprocess.Popen[bytes], deadline: float, stop: Stop) -> None:
+    """Wait until it has ended, the deadline is over, or a signal has come."""
     while not stop.number and time.time() < deadline:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.1)
-            return True
-    return False
+            return
 
 
 def _cut(result: dict[str, Any], status: int, limit: float | None, log: Path, stop: Stop) -> dict[str, str]:

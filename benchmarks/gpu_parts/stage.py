@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from acb.cli.gpu_assigner import talk
 from acb.config import ConfigError
 from benchmarks import report
+from benchmarks.gpu_parts.part import Settings
 from benchmarks.gpu_parts.playing import said
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -38,11 +39,15 @@ class StageError(Exception):
 
 
 class Stage:
-    """One GPU, simulated (`spec`, as in ``--simulate-gpus``) or real (None: the first that this job may use)."""
+    """One GPU, simulated (`spec`, as in ``--simulate-gpus``) or real (None; `gpu` is its UUID).
 
-    def __init__(self, spec: str | None, gpus: str = "0") -> None:
-        self.spec = spec
-        self.gpus = gpus
+    By its UUID everybody means the same: 0 is CUDA's fastest, NVML's first on the bus, and the first of those that a
+    batch system leaves.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.spec = settings.spec
+        self.gpu = settings.gpu
         self.directory = Path(tempfile.mkdtemp(prefix="acb-gpu-"))
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACB_", "SLURM_", "PJM_"))}
         path = [str(report.ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
@@ -54,8 +59,8 @@ class Stage:
             "OPENMM_CPU_THREADS": "1",
         }
         self.environment.pop("JAX_PLATFORMS", None)
-        if spec is None:
-            self.environment.setdefault("CUDA_VISIBLE_DEVICES", gpus)
+        if self.spec is None:
+            self.environment["CUDA_VISIBLE_DEVICES"] = self.gpu
         self.programs: list[Program] = []
         self.broker: subprocess.Popen[bytes] | None = None
 
@@ -73,7 +78,7 @@ class Stage:
 
     def start_broker(self, *options: str) -> None:
         """In the foreground, so that it ends with us. Raises StageError."""
-        which = ["--gpu-list", self.gpus] if self.spec is None else ["--simulate-gpus", self.spec]
+        which = ["--gpu-list", self.gpu] if self.spec is None else ["--simulate-gpus", self.spec]
         command = [sys.executable, "-m", "acb.cli.gpu_assigner", "start", "--foreground", *which, *options]
         log = self.directory / "broker.txt"
         with log.open("ab") as stream:
@@ -117,7 +122,7 @@ class Stage:
             from acb.devices.nvml import Nvml
 
             with Nvml() as nvml:
-                return nvml.free(int(self.gpus.partition(",")[0]))
+                return nvml.free(self.gpu)
         from acb.config import parse_simulated
         from acb.devices.simulated import Card
 

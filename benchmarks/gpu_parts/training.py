@@ -16,7 +16,7 @@ STEPS, EVACUATIONS = 60, 100
 def run(part: Part) -> None:
     """In one process, without a broker: the moments are chosen, not left to chance."""
     steps, evacuations = (6, 10) if part.settings.quick else (STEPS, EVACUATIONS)
-    with Stage(part.settings.spec) as stage:
+    with Stage(part.settings) as stage:
         program = stage.subject("torch", acb=False)
         begun = time.monotonic()
         told = program.do("train", steps, evacuations)

@@ -32,37 +32,42 @@ def run(part: Part) -> None:
     """Alone, both without acb, both with it."""
     options = SIMULATED if part.settings.simulate else QUICK if part.settings.quick else REAL
     cores = len(os.sched_getaffinity(0))
-    with Stage(part.settings.spec) as stage:
-        [alone] = _play(part, stage, options, ["alone"], acb=False)
-        if alone.outcome != "finished":
-            raise Skip(f"a stream does not even run alone: {alone.outcome}: {alone.problem}")
+    with Stage(part.settings) as stage:
+        job = _begin(stage, options, "alone", acb=False)
+        if problem := jobs.alone(part, "a stream", job.program, part.left()):
+            raise Skip(problem)
+        alone = _came(job, "finished")
         rate = _rates([alone.batches])[0]
         part.figures |= {"alone_fps": rate, "options": list(options), "cores": cores}
-        expected = PAIR * stage.programs[0].seconds
+        seconds = job.program.seconds
+        expected = PAIR * seconds
         part.tell("one stream alone", f"{rate:.1f} frames/s", None, None, f"{alone.share:.0%} of it on the GPU")
     bare: list[Stream] = []
     if part.left() < 2 * expected:
         part.skip("two at once without acb", f"all take about {2 * expected:.0f} s, {part.left():.0f} s are left")
     else:
-        with Stage(part.settings.spec) as stage:
-            bare = _play(part, stage, options, ["one", "two"], acb=False)
+        with Stage(part.settings) as stage:
+            bare = _play(stage, options, part.left() / 2, acb=False)  # the other half is acb's
         _tell(part, "two at once without acb", bare, rate, f"{cores} cores")
     if part.left() < expected:
         raise Skip(f"two at once with acb take about {expected:.0f} s, {part.left():.0f} s are left")
-    with Stage(part.settings.spec) as stage:
+    with Stage(part.settings) as stage:
         stage.start_broker()
-        brokered = _play(part, stage, options, ["one", "two"], acb=True)
+        given = part.left()
+        brokered = _play(stage, options, given, acb=True)
         totals = (stage.status() or {}).get("totals", {})
     part.figures["totals"] = totals
+    if reason := jobs.lacking([stream.outcome for stream in brokered], given, 2 * seconds):
+        raise Skip(f"two at once with acb: {reason}")
     _tell(part, "two at once with acb", brokered, rate, f"{totals.get('evacuations')} evacuations")
     problems = "; ".join(stream.problem for stream in brokered if stream.outcome != "finished")
     part.check("both streams with acb come to their end", not problems, problems[:400])
-    streams = [*(stream for stream in bare if stream.outcome == "finished"), *brokered]
+    streams = [stream for stream in [*bare, *brokered] if stream.outcome == "finished"]
     agreements = [detections(alone.files, stream.files) for stream in streams]
     part.figures["bitwise_equal"] = [agreement == 0.0 for agreement in agreements]
     exact = agreements.count(0.0)
     others = f", the others within {SCORE}" if exact < len(streams) else ""
-    same = None not in agreements
+    same = bool(streams) and None not in agreements
     part.check("detections are those of the stream alone", same, f"{exact} of {len(streams)} bit for bit{others}")
 
 
@@ -76,14 +81,17 @@ class Stream(NamedTuple):
     files: dict[str, bytes]
 
 
-def _play(part: Part, stage: Stage, options: tuple[str, ...], names: list[str], *, acb: bool) -> list[Stream]:
-    """Start streams at once; what came of them."""
-    started = []
-    for name in names:
-        out = stage.directory / f"out-{name}"
-        arguments = ["--out", str(out), "--device", "cuda", "--batch", str(BATCH), *options]
-        started.append(jobs.Job(stage.program(name, WORKLOADS / "detect.py", arguments, acb=acb), out))
-    return [_came(job, job.program.wait(part.left())) for job in started]
+def _begin(stage: Stage, options: tuple[str, ...], name: str, *, acb: bool) -> jobs.Job:
+    out = stage.directory / f"out-{name}"
+    arguments = ["--out", str(out), "--device", "cuda", "--batch", str(BATCH), *options]
+    return jobs.Job(stage.program(name, WORKLOADS / "detect.py", arguments, acb=acb), out)
+
+
+def _play(stage: Stage, options: tuple[str, ...], given: float, *, acb: bool) -> list[Stream]:
+    """Start two streams at once; what came of them within the seconds given."""
+    started = [_begin(stage, options, name, acb=acb) for name in ("one", "two")]
+    outcomes = jobs.wait([job.program for job in started], given)
+    return [_came(job, outcome) for job, outcome in zip(started, outcomes, strict=True)]
 
 
 def _came(job: jobs.Job, outcome: str) -> Stream:

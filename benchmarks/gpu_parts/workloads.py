@@ -94,13 +94,12 @@ def _alone(part: Part, workloads: list[Workload]) -> dict[str, Files]:
     """The files of each that runs; half of the time is kept for all of them at once."""
     keep = 0.4 * part.left()
     found: dict[str, Files] = {}
-    with Stage(part.settings.spec) as stage:
+    with Stage(part.settings) as stage:
         stage.environment |= DETERMINISTIC
         for workload in workloads:
             job = _begin(part, stage, workload, acb=False)
-            outcome = job.program.wait(part.left() - keep)
-            if outcome != "finished":
-                part.skip(workload.name, f"it does not run alone: {outcome}: {job.program.problem()}")
+            if problem := jobs.alone(part, workload.name, job.program, max(0.0, part.left() - keep)):
+                part.skip(workload.name, problem)
                 continue
             found[workload.name] = _files(job)
             summary = job.summary()
@@ -111,28 +110,31 @@ def _alone(part: Part, workloads: list[Workload]) -> dict[str, Files]:
 
 
 def _at_once(part: Part, workloads: list[Workload], alone: dict[str, Files]) -> None:
-    with Stage(part.settings.spec) as stage:
+    one_by_one = sum(part.figures[workload.name]["alone_s"] for workload in workloads)
+    with Stage(part.settings) as stage:
         stage.environment |= DETERMINISTIC
         stage.start_broker("--driver-tier", "off")  # or it would have to clear away contexts, too; see part driver
-        begun = time.monotonic()
+        begun, given = time.monotonic(), part.left()
         started = [_begin(part, stage, workload, acb=True) for workload in workloads]
-        outcomes = [job.program.wait(part.left()) for job in started]
+        outcomes = jobs.wait([job.program for job in started], given)
+        reason = jobs.lacking(outcomes, given, one_by_one)
         taken = max(job.program.ended for job in started) - begun
         totals = (stage.status() or {}).get("totals", {})
         part.figures |= {"at_once_s": taken, "totals": totals}
         for workload, job, outcome in zip(workloads, started, outcomes, strict=True):
+            question = f"{workload.name}, at once with others, as alone"
             if outcome != "finished":
-                part.check(
-                    f"{workload.name}, at once with others, as alone", False, f"{outcome}: {job.program.problem()}"
-                )
+                if reason:
+                    part.skip(question, reason)
+                else:
+                    part.check(question, False, f"{outcome}: {job.program.problem()}")
                 continue
             agreement = workload.agree(alone[workload.name], _files(job))
             part.figures[workload.name] |= {"at_once_s": job.program.seconds, "bitwise_equal": agreement == 0.0}
             how = "bit for bit" if agreement == 0.0 else f"not bit for bit; allowed: {workload.why}"
-            part.check(f"{workload.name}, at once with others, as alone", agreement is not None, how)
+            part.check(question, agreement is not None, how)
     if outcomes.count("finished") < len(outcomes):
         return
-    one_by_one = sum(part.figures[workload.name]["alone_s"] for workload in workloads)
     part.tell(f"{len(workloads)} different ones at once with acb", f"{taken:.1f} s", None, None,
               f"{one_by_one:.1f} s one after the other")  # fmt: skip
     part.check("their memory has made way for each other's", totals.get("evacuations", 0) >= len(workloads) - 1,

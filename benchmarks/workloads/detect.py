@@ -99,7 +99,12 @@ def detect(options: argparse.Namespace) -> None:
         with watch.step("draw", "cpu", str(first)):
             for frame, frame_boxes, frame_scores, frame_classes in zip(frames, boxes, scores, classes, strict=True):
                 detections = [
-                    {"box": [box.left, box.top, box.right, box.bottom], "score": round(float(s), 4), "class": int(c)}
+                    {
+                        "box": [box.left, box.top, box.right, box.bottom],
+                        "score": round(float(s[0]), 4),
+                        "class": int(c[0]),
+                        "margin": round(float(s[0] - s[1]), 4),
+                    }
                     for box, s, c in zip(frame_boxes, frame_scores, frame_classes, strict=False)  # the rest is padding
                 ]
                 writer.write(draw(frame, detections, len(found)))
@@ -171,7 +176,7 @@ def _overlap(begin: float, end: float, cells: int) -> NDArray[np.float64]:
 def score(
     model: YolosForObjectDetection, pixels: Tensor, regions: Tensor
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return for each region [frames, PROPOSALS] the probability of its likeliest class, and that class."""
+    """Return for each region the probabilities of its two likeliest classes, and these; [frames, PROPOSALS, 2] both."""
     with torch.inference_mode():
         mean = torch.tensor([0.485, 0.456, 0.406], device=pixels.device).view(3, 1, 1)  # ImageNet's
         deviation = torch.tensor([0.229, 0.224, 0.225], device=pixels.device).view(3, 1, 1)
@@ -179,7 +184,7 @@ def score(
         hidden = model(images).last_hidden_state
         patches = hidden[:, 1 : 1 + regions.shape[-1]]  # after the class token, before the detection tokens
         logits = model.class_labels_classifier(regions @ patches)
-        best = logits[..., :-1].softmax(-1).max(-1)  # the last class is "no object"
+        best = logits[..., :-1].softmax(-1).topk(2)  # the last class is "no object"
         return best.values.cpu().numpy(), best.indices.cpu().numpy()
 
 

@@ -25,12 +25,17 @@ def passes(part: Part) -> None:
     part.tell("a target", "2", "at most 1", False, "a remark with [/tmp/x] and [gpu:0] in it")
 
 
+def measures(part: Part) -> None:
+    """Its time."""
+    part.figures["left"] = part.left()
+
+
 def fails(part: Part) -> None:
     part.check("one is two", 1 == 2)
 
 
 def crashes(part: Part) -> None:
-    with Stage(part.settings.spec) as stage:
+    with Stage(part.settings) as stage:
         (stage.directory / "1-program.txt").write_text("what the program has said\n")
         raise RuntimeError("[/broken]")
 
@@ -45,7 +50,7 @@ def skips(part: Part) -> None:
 
 def hangs(part: Part) -> None:
     """With a program, whose process id is in the file that it is told of."""
-    with Stage(part.settings.spec) as stage:
+    with Stage(part.settings) as stage:
         with (stage.directory / "1-program.txt").open("w") as log:
             process = subprocess.Popen([sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, stderr=log)
         assert process.stdout is not None
@@ -58,6 +63,6 @@ def hangs(part: Part) -> None:
 
 def listens(part: Part) -> None:
     """Where the stage's broker would."""
-    with Stage(part.settings.spec) as stage, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+    with Stage(part.settings) as stage, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(stage.directory / "broker.sock"))
     part.check("it listens", True)

@@ -16,6 +16,7 @@ from broker_harness import wait_until
 
 from benchmarks import gpu
 from benchmarks.gpu_parts import Entry
+from benchmarks.gpu_parts.playing import GRACE
 
 HARNESS = Path(__file__).parents[1] / "harness"
 
@@ -46,13 +47,39 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setenv("PYTHONPATH", str(HARNESS))
     monkeypatch.setenv("STANDIN_FILE", str(tmp_path / "pid"))
 
-    def run(*names: str, limit: float = 30) -> Outcome:
+    def run(*names: str, limit: float = 30, left: float = 60) -> Outcome:
         parts = {name: Entry("standin_part", f"one that {name}", (), limit / gpu.PATIENCE, 0) for name in names}
         monkeypatch.setattr(gpu, "PARTS", parts)
-        status = gpu.main(["--simulate", "--out", str(tmp_path / "out"), "--only", ",".join(names)])
+        status = gpu.main(["--simulate", "--out", str(tmp_path / "out"), "--only", ",".join(names),
+                           "--limit", str(left)])  # fmt: skip
         return Outcome(status, capsys.readouterr().out, tmp_path / "out")
 
     return run
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "reason"),
+    [
+        ("fails", "done", ""),
+        ("crashes", "failed", "RuntimeError: [/broken]"),
+        ("dies", "failed", 'ended with status -11, after "it begins"; see '),
+    ],
+)
+def test_what_is_wrong_in_one_part_is_told_and_stops_no_other(play: Play, name: str, status: str, reason: str) -> None:
+    outcome = play(name, "skips")
+    assert outcome.status == 1
+    assert outcome.said(name)[0] == status
+    assert outcome.said(name)[1].startswith(reason)
+    assert outcome.said("skips") == ("skipped", "there is nothing to do")
+    kinds = {row["question"]: row["kind"] for row in outcome.parts[name]["rows"]}
+    assert kinds == {"it begins": "passed"} | ({"one is two": "failed"} if name == "fails" else {})
+    assert "missed" in outcome.printed
+
+
+def test_nothing_wrong_is_status_0(play: Play) -> None:
+    outcome = play("passes", "skips")
+    assert outcome.status == 0
+    assert {row["kind"] for part in outcome.parts.values() for row in part["rows"]} == {"passed", "measured"}
 
 
 def test_every_remark_is_told_as_it_is(play: Play) -> None:
@@ -69,13 +96,26 @@ def test_a_program_s_last_words_are_kept_when_its_part_breaks(play: Play) -> Non
 
 
 def test_a_part_that_hangs_is_ended_with_all_that_it_has_started(play: Play, tmp_path: Path) -> None:
-    outcome = play("hangs", "passes", limit=3)
+    outcome = play("hangs", "passes", limit=3, left=5)
     status, reason = outcome.said("hangs")
     assert (status, outcome.status) == ("failed", 1)
     assert reason.startswith('not done within 3 s, after "it begins"; see ')
     assert "--- 1-program.txt\nI lie here\n" in outcome.log("hangs")
     assert outcome.said("passes") == ("done", "")
     assert ended(tmp_path)
+
+
+def test_a_part_that_had_less_time_than_it_may_need_is_no_failure(play: Play) -> None:
+    outcome = play("hangs", left=1)
+    status, reason = outcome.said("hangs")
+    assert (status, outcome.status) == ("skipped", 0)
+    assert reason.startswith("too little time was left, 1 s: not done within 1 s")
+
+
+def test_a_part_has_the_time_that_no_later_one_needs(play: Play) -> None:
+    """Of 60 s: but for what the other may need, and what is kept to end it."""
+    first = play("measures", "passes", limit=20).parts["measures"]["figures"]["left"]
+    assert 20 < first <= 60 - 20 - GRACE
 
 
 def ended(tmp_path: Path) -> bool:

@@ -229,6 +229,7 @@ def test_detect_writes_an_annotated_video_of_the_same_frames(tmp_path: Path, sta
         assert 0 <= left < right <= 640
         assert 0 <= top < bottom <= 272
         assert 0 < detection["score"] <= 1
+        assert 0 <= detection["margin"] <= detection["score"]
     video = cv2.VideoCapture(str(tmp_path / "annotated.mp4"))
     frames = 0
     while True:

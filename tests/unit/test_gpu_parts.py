@@ -10,25 +10,38 @@ import pytest
 from benchmarks.gpu_parts import agreement, video
 from benchmarks.overhead import _median_within
 
-ATOM = "ATOM      1  N   ALA A   1    {:8.3f}{:8.3f}{:8.3f}  1.00 50.00           N  "
+ATOM = "ATOM      1  {:<4}{} A{:4}    {:8.3f}{:8.3f}{:8.3f}  1.00{:6.2f}           {}  "
 
 
-def pdb(*coordinates: float) -> bytes:
-    return (ATOM.format(*coordinates) + "\nTER\nEND\n").encode()
+def pdb(*coordinates: float, atom: str = "N", residue: str = "ALA", number: int = 1, confidence: float = 50) -> bytes:
+    line = ATOM.format(atom, residue, number, *coordinates, confidence, atom[0])
+    return (line + "\nTER\nEND\n").encode()
 
 
-def test_structures_agree_bit_for_bit_or_within_the_files_last_digit() -> None:
+def test_structures_agree_bit_for_bit_or_within_the_files_last_digits() -> None:
     one = {"a_unrelaxed.pdb": pdb(1, 2, 3), "a_relaxed.pdb": pdb(1, 2, 3)}
     assert agreement.structures(one, dict(one)) == 0.0
     assert agreement.structures(one, one | {"a_unrelaxed.pdb": pdb(1.001, 2, 3)}) == agreement.SPREAD
     assert agreement.structures(one, one | {"a_relaxed.pdb": pdb(9, 2, 3)}) == agreement.SPREAD
-    assert agreement.structures(one, one | {"a_unrelaxed.pdb": pdb(1.01, 2, 3)}) is None
+    assert agreement.structures(one, one | {"a_unrelaxed.pdb": pdb(1.002, 1.998, 3)}) == agreement.SPREAD
+    assert agreement.structures(one, one | {"a_unrelaxed.pdb": pdb(1.003, 2, 3)}) is None
     assert agreement.structures(one, {"a_unrelaxed.pdb": pdb(1, 2, 3)}) is None
     assert agreement.structures({}, {}) is None
 
 
-def found(score: float, left: int = 1, frames: int = 2) -> dict[str, bytes]:
-    detection = {"box": [left, 2, 3, 4], "score": score, "class": 5}
+@pytest.mark.parametrize("change", [{"atom": "CB"}, {"residue": "TRP"}, {"number": 9}, {"confidence": 10}])
+def test_structures_differ_whose_atoms_or_confidences_do(change: dict[str, Any]) -> None:
+    one, other = ({"a_unrelaxed.pdb": pdb(1, 2, 3, **changes)} for changes in ({}, change))
+    assert agreement.structures(one, other) is None
+
+
+def test_structures_agree_where_confidences_differ_by_their_last_digits() -> None:
+    one, other = ({"a_unrelaxed.pdb": pdb(1, 2, 3, confidence=c)} for c in (50, 50.02))
+    assert agreement.structures(one, other) == agreement.SPREAD
+
+
+def found(score: float, left: int = 1, frames: int = 2, kind: int = 5, margin: float = 0.1) -> dict[str, bytes]:
+    detection = {"box": [left, 2, 3, 4], "score": score, "class": kind, "margin": margin}
     return {"detections.json": json.dumps([[detection], []][:frames]).encode(), "annotated.mp4": b"%f" % score}
 
 
@@ -39,6 +52,12 @@ def test_detections_agree_where_only_the_last_digits_of_scores_differ() -> None:
     assert agreement.detections(found(0.5), found(0.5, left=0)) is None
     assert agreement.detections(found(0.5), found(0.5, frames=1)) is None
     assert agreement.detections({}, {}) is None
+
+
+def test_detections_agree_in_their_class_unless_another_is_as_likely() -> None:
+    assert agreement.detections(found(0.5), found(0.5, kind=6)) is None
+    assert agreement.detections(found(0.5, margin=0.001), found(0.5, kind=6)) is None
+    assert agreement.detections(found(0.5, margin=0.001), found(0.5, kind=6, margin=0.001)) == agreement.SCORE
 
 
 def test_detections_differ_when_a_frame_has_one_more() -> None:
