@@ -36,6 +36,9 @@ def answers(path: Path) -> bool:
 def start(simulate: str | None, *, quiet: bool) -> None:
     """Have ``gpu_assigner start`` start a broker, with simulated GPUs if `simulate` says which; wait until it answers.
 
+    Where a broker before has left programs that run, it is started with that one's options, which `simulate` must not
+    contradict.
+
     Raises ConfigError with its exit status when it does not; what it said is then on stderr. `quiet` keeps its
     messages back unless it fails.
     """
@@ -44,6 +47,7 @@ def start(simulate: str | None, *, quiet: bool) -> None:
     command = [sys.executable, "-E", "-c", _RUN_MODULE, str(HOME), "start"]
     if simulate is not None:
         command += ["--simulate-gpus", simulate]
+    command.append("--for-launch")
     # Its standard output is not the command's: whatever it says goes to stderr.
     done = subprocess.run(
         command,

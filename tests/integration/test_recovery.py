@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -159,3 +161,46 @@ def test_who_runs_short_beside_a_stopped_one_waits_for_it(site: Site) -> None:
     other.end("add")
     assert site.client(program)["evacuated"] == 20 * MIB
     assert site.violations() == []
+
+
+def launch(site: Site, *options: str) -> subprocess.CompletedProcess[str]:
+    """The next program after the broker's death, on a machine without a GPU."""
+    return subprocess.run(
+        [sys.executable, "-m", "acb.launcher", *options, "--", "true"],
+        env=site.environment(CUDA_VISIBLE_DEVICES=""),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("options", [[], ["--simulate-gpus", "1x65536KiB"]])
+def test_the_next_launch_goes_on_with_the_options_of_a_broker_that_left_its_programs(
+    site: Site, options: list[str]
+) -> None:
+    site.start("1x64MiB", "--scheduler", "fair", "--slots", "2", "--quantum", "0.5", "--driver-tier", "off")
+    before = (site.report() or {})["options"]
+    program = site.program()
+    program.do("enter")
+    program.send_signal(signal.SIGSTOP)
+    site.kill_broker()
+    refused = launch(site, "--simulate-gpus", "2x64MiB")
+    assert (refused.returncode, refused.stderr.count("\n")) == (69, 1)
+    assert "had --simulate-gpus 1x64MiB, and not --simulate-gpus 2x64MiB" in refused.stderr
+    assert f"(process {program.pid})" in refused.stderr
+    assert site.report() is None
+    launched = launch(site, *options)
+    assert launched.returncode == 0, launched.stderr
+    assert (site.report() or {})["options"] == before
+    program.kill()
+
+
+def test_the_next_launch_asks_for_what_it_wants_where_no_program_is_left(site: Site) -> None:
+    site.start("1x64MiB", "--scheduler", "fair")
+    program = site.program()
+    program.do("enter")
+    site.kill_broker()
+    program.kill()
+    assert launch(site).returncode == 69  # there is no GPU
+    assert launch(site, "--simulate-gpus", "2x64MiB").returncode == 0
+    assert (site.report() or {})["scheduler"] == "fifo"

@@ -78,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--foreground", action="store_true", help="stay in the foreground and log to stderr")
     parser.add_argument("--recover", action="store_true", help="use the options of a broker that left its clients")
+    parser.add_argument("--for-launch", action="store_true", help=argparse.SUPPRESS)  # as of a program just launched
     parser.add_argument("--log", metavar="FILE", type=Path, help=argparse.SUPPRESS)  # where to log once it runs
 
 
@@ -95,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
             )
         print(f"gpu_assigner: {words}", file=sys.stderr)
         return 0
-    if options.recover:
+    if options.recover or (options.for_launch and _left_clients(options)):
         _take_over(options)
     options.scheduler = options.scheduler or "fifo"
     options.slots = options.slots or 1
@@ -120,6 +121,22 @@ def _contradictions(options: argparse.Namespace, running: Mapping[str, Any], gpu
     if same or sorted(chosen) == list(range(len(gpus))):
         others.pop("gpu_list", None)
     return others
+
+
+def _left_clients(options: argparse.Namespace) -> bool:
+    """Whether a broker before has left clients that live. Raises ConfigError when the options given contradict its."""
+    journal = Journal(_beside("journal"))
+    left = sorted(journal.survivors()) if journal.read() else []
+    others = _contradictions(options, journal.options, []) if left else {}
+    if others:
+        had = as_typed({name: journal.options.get(name) for name in others})
+        raise ConfigError(
+            f"the broker before had {had or 'NVIDIA GPUs'}, and not {as_typed(others)}, and left programs that still "
+            f"run (process {', '.join(map(str, left[:10]))}{', …' if left[10:] else ''}); leave the option out, which "
+            f"goes on with what it had, or end those programs first",
+            EX_UNAVAILABLE,
+        )
+    return bool(left)
 
 
 def _slots(text: str) -> int:
