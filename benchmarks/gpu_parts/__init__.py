@@ -38,7 +38,7 @@ PARTS = {
     "driver": Entry(".driver", "driver tier: content, addresses, memory, bandwidth, both tiers", ("torch",), 70, 25),
     "graphs": Entry(".graphs", "a captured CUDA graph: suspended by the driver, or holding", ("torch",), 40, 15),
     "memory": Entry(".memory", "out of memory beside a resident program: room is made", (), 50, 20),
-    "kills": Entry(".kills", "kill -9 of programs and of the broker at every step", ("torch",), 50, 25),
+    "kills": Entry(".kills", "kill -9 of programs and of the broker at every step", ("torch",), 80, 25),
     "training": Entry(".training", "a hundred evacuations of a training run: equal bit for bit", ("torch",), 30, 10),
     "handover": Entry(".handover", "hand-overs between two programs: that fit, that do not", (), 50, 15),
     "overhead": Entry(".overhead", "what the hooks cost an undisturbed program", (), 50, 15),

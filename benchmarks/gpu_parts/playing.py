@@ -27,6 +27,9 @@ SHORT = 60
 GRACE = 3.0
 """Seconds before its end that a part is told of as its deadline."""
 
+STOPPED = "stopped.pid"
+"""A stage's file with the process id of what has been stopped."""
+
 TAIL = 4000
 """Bytes of the end of each program's log that are kept."""
 
@@ -88,6 +91,7 @@ def play(name: str, entry: Entry, settings: dict[str, Any], limit: float, log: P
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
+            go_on(directory)
             process.wait()
         result = json.loads(file.read_text()) if file.exists() else empty(name, "running", "")
         if result["status"] == "running":
@@ -106,6 +110,15 @@ def scratch() -> Iterator[Path]:
         home = "/tmp"
     with tempfile.TemporaryDirectory(prefix="acb-gpu-", dir=home, ignore_cleanup_errors=True) as directory:
         yield Path(directory)
+
+
+def go_on(directory: Path) -> None:
+    """Whoever has been stopped (SIGSTOP) by a part whose stages are beneath: a broker's helper, in a group of its own,
+    which ends by itself then."""
+    for file in directory.glob(f"**/{STOPPED}"):
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(int(file.read_text()), signal.SIGCONT)
+        file.unlink(missing_ok=True)
 
 
 def said(directory: Path) -> str:

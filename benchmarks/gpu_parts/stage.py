@@ -99,6 +99,12 @@ class Stage:
             self.broker.wait(30)
             self.broker = None
 
+    def helper(self) -> int:
+        """The process id of the broker's helper for the driver; 0 while it has none."""
+        assert self.broker is not None
+        children = Path(f"/proc/{self.broker.pid}/task/{self.broker.pid}/children").read_text().split()
+        return int(children[0]) if children else 0
+
     def status(self) -> dict[str, Any] | None:
         """What the broker sees; None without one."""
         with contextlib.suppress(ConfigError):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.gpu_parts.part import Part, Skip
+from benchmarks.gpu_parts.playing import STOPPED
 from benchmarks.gpu_parts.stage import Stage
 
 SLEEPER = "import signal, sys; print('sleeping', flush=True); print('I lie here', file=sys.stderr); signal.pause()"
@@ -59,6 +60,16 @@ def hangs(part: Part) -> None:
         file.with_suffix(".draft").write_text(str(process.pid))
         file.with_suffix(".draft").rename(file)
         process.wait()
+
+
+def stops(part: Part) -> None:
+    """A process in a session of its own, as a broker's helper is, which ends when it may."""
+    with Stage(part.settings) as stage:
+        ends = "import os, sys; os.kill(os.getpid(), 19); open(sys.argv[1], 'w')"
+        process = subprocess.Popen([sys.executable, "-c", ends, os.environ["STANDIN_FILE"]], start_new_session=True)
+        os.waitpid(process.pid, os.WUNTRACED)
+        (stage.directory / STOPPED).write_text(str(process.pid))
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def listens(part: Part) -> None:

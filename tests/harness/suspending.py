@@ -5,9 +5,11 @@ For simulated GPUs, whose driver is simulated, and for real ones.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+from collections.abc import Iterator
 
 from broker_harness import Program, Site, wait_until
 
@@ -136,6 +138,86 @@ def a_helper_that_is_killed_is_replaced(site: Site) -> None:
         assert program.finish() == 0, program.errors
 
 
+@contextlib.contextmanager
+def nothing_is_moved(site: Site, broker: int) -> Iterator[None]:
+    """The helper is stopped meanwhile, as if the driver took long."""
+    [helper] = wait_until("the helper", lambda: site.children(broker))
+    os.kill(helper, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(helper, signal.SIGCONT)
+
+
+def one_that_is_killed_before_it_is_suspended_keeps_nobody_waiting(site: Site) -> None:
+    broker = site.start("1x64MiB", "--driver-tier", "on")
+    held, other = immovable(site), site.program()
+    other.do("region")  # the helper is there now
+    held.do("region")
+    with nothing_is_moved(site, broker):
+        other.begin("region")
+        site.wait_for(held, "evacuating")
+        held.kill()
+    all_is_free(site, held, other)
+
+
+def one_that_is_killed_before_it_is_resumed_keeps_nobody_waiting(site: Site) -> None:
+    broker = site.start("1x64MiB", "--driver-tier", "on")
+    held, other = immovable(site), site.program()
+    other.do("region")
+    assert suspended(site, held)
+    with nothing_is_moved(site, broker):
+        held.begin("region")
+        site.wait_for(held, "restoring")
+        other.begin("region")
+        held.kill()
+    all_is_free(site, held, other)
+
+
+def all_is_free(site: Site, dead: Program, other: Program) -> None:
+    """The other one has its turn, and what the dead one had is nobody's."""
+    other.end("region")
+    wait_until("its end to be seen", lambda: not site.client(dead))
+    fresh = site.program()
+    fresh.do("enter")
+    fresh.do("add", "model", 60 * site.unit)
+    fresh.do("leave")
+    assert site.violations() == []
+    for program in (other, fresh):
+        assert program.finish() == 0, program.errors
+
+
+def the_broker_dies_before_it_is_moved(site: Site, state: str) -> None:
+    """And its helper does what it was asked for, whatever the next broker takes for so."""
+    broker = site.start("1x64MiB", "--driver-tier", "on")
+    held, other = immovable(site), site.program()
+    other.do("region")
+    assert suspended(site, held)
+    mover = held
+    if state == "evacuating":
+        held.do("region")
+        mover = other
+    with nothing_is_moved(site, broker):
+        mover.begin("region")
+        site.wait_for(held, state)
+        site.kill_broker(signal.SIGKILL)
+    site.start("1x64MiB", "--driver-tier", "on")
+    mover.end("region")
+    held.do("region")
+    other.do("region")
+    assert site.violations() == []
+    for program in (held, other):
+        assert program.finish() == 0, program.errors
+
+
+def the_broker_is_killed_before_one_is_suspended(site: Site) -> None:
+    the_broker_dies_before_it_is_moved(site, "evacuating")
+
+
+def the_broker_is_killed_before_one_is_resumed(site: Site) -> None:
+    the_broker_dies_before_it_is_moved(site, "restoring")
+
+
 SCENES = [
     what_the_framework_cannot_move_the_driver_moves_and_brings_back,
     programs_that_only_the_driver_can_move_take_turns,
@@ -143,4 +225,8 @@ SCENES = [
     the_next_broker_resumes_what_the_one_before_has_suspended,
     what_was_noted_before_the_driver_was_asked_is_not_believed,
     a_helper_that_is_killed_is_replaced,
+    one_that_is_killed_before_it_is_suspended_keeps_nobody_waiting,
+    one_that_is_killed_before_it_is_resumed_keeps_nobody_waiting,
+    the_broker_is_killed_before_one_is_suspended,
+    the_broker_is_killed_before_one_is_resumed,
 ]

@@ -118,6 +118,12 @@ def test_a_part_has_the_time_that_no_later_one_needs(play: Play) -> None:
     assert 20 < first <= 60 - 20 - GRACE
 
 
+def test_what_a_part_has_stopped_goes_on_when_the_part_is_killed(play: Play, tmp_path: Path) -> None:
+    outcome = play("stops")
+    assert outcome.said("stops")[1].startswith("ended with status -9")
+    wait_until("it to go on", (tmp_path / "pid").exists)
+
+
 def ended(tmp_path: Path) -> bool:
     """Whether the program of the part that hangs has."""
     pid = int((tmp_path / "pid").read_text())

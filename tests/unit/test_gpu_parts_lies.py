@@ -60,7 +60,7 @@ class Actor:
     def halt(self, *_: Any) -> None:
         pass
 
-    drop = halt
+    drop = capture = halt
 
     def load(self, name: str, nbytes: int, *_: Any) -> int:
         self.stage.held[name] = nbytes
@@ -102,6 +102,13 @@ class Anything(str):
     __hash__ = str.__hash__
 
 
+class Client(dict[str, Any]):
+    """None, and suspended if one asks for that."""
+
+    def get(self, *_: Any) -> Any:
+        return True
+
+
 class Stage:
     """A GPU of 80 GB, and a broker that does as it should; see Actor for `lie`, which is also asked for "free"."""
 
@@ -135,7 +142,7 @@ class Stage:
         return Anything()
 
     def client(self, _: Actor) -> dict[str, Any]:
-        return self.lie("broker", "client", self.killed) or {}
+        return self.lie("broker", "client", self.killed) or Client()
 
     def status(self) -> dict[str, Any]:
         return {"totals": {"evacuations": self.lie("broker", "evacuations") or self.evacuations}}
@@ -170,6 +177,8 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Lie]
     for module in (casting, kills, memory):  # type: ignore[assignment]
         monkeypatch.setattr(module, "wait_until", wait_until)
     monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: name == "torch" or None)
+    monkeypatch.setattr(kills.DriverScene, "obstacle", lambda *_: "")
+    monkeypatch.setattr(kills.DriverScene, "stop", lambda _: None)
     monkeypatch.setattr(framework.hostmemory, "available_bytes", lambda: None)
     Stage.folder = tmp_path
 
@@ -198,7 +207,7 @@ def kept(who: str, what: str, killed: int = 0, *_: Any) -> Any:
 
 def lingers(who: str, what: str, killed: int = 0, *_: Any) -> Any:
     """The broker does not see that programs have ended."""
-    return {"pid": 1} if (who, what) == ("broker", "client") and killed else None
+    return {"suspended": True} if (who, what) == ("broker", "client") and killed else None
 
 
 WRONG = {"same": False, "addresses": True}
@@ -222,7 +231,9 @@ LIES = [
         ("kills", but("other", "check", WRONG), f"a program is killed {step}: the other goes on"),
         ("kills", kept, f"a program is killed {step}: its memory is free"),
         ("kills", lingers, f"a program is killed {step}: its memory is free"),
-    ) for step in kills.STEPS.values()),
+    ) for step in (kills.STEPS | kills.DRIVER_STEPS).values()),
+    ("kills", but("suspending", "check", {"same": True, "addresses": False}),
+     "the broker is killed while a program is about to be suspended"),
     ("kills", but("holding", "check", GONE), f"killed {kills.STEPS['holding']}: all goes on"),
 ]  # fmt: skip
 CASES = [case for entry in LIES for case in (entry if isinstance(entry[0], tuple) else [entry])]

@@ -151,7 +151,7 @@ class Subject(Moving):
     # --- graphs ------------------------------------------------------------------------------------------------------
 
     def capture(self, mark: str) -> None:
-        """Capture a graph that adds one to what it holds; stand at the mark in the midst of it."""
+        """Capture a graph that adds one to what it holds; stand at the mark, if there is one, in the midst of it."""
         self.counter = torch.zeros(1024, device="cuda")
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -160,7 +160,8 @@ class Subject(Moving):
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            stand(mark)
+            if mark:
+                stand(mark)
             self.counter.add_(1)
         torch.cuda.synchronize()
 
