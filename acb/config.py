@@ -171,15 +171,18 @@ def _number(text: str) -> float:
         return 0.0
 
 
-def runtime_dir() -> Path:
-    """The directory of sockets and simulated GPUs; made with mode 0700 when it is not there.
+def runtime_dir(*, make: bool = True) -> Path:
+    """The directory of sockets and simulated GPUs. Where it is not there, it is made with mode 0700, if `make`.
 
     ``$ACB_RUNTIME_DIR``, else ``$XDG_RUNTIME_DIR/acb``, else ``/tmp/acb-UID``. Raises ConfigError when it cannot be
     made, belongs to another user, is open to others, or is a link.
     """
     directory = _runtime_path()
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if make:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        elif not os.path.lexists(directory):
+            return directory
         info = directory.lstat()
     except OSError as error:
         raise ConfigError(
@@ -221,13 +224,14 @@ def job_suffix() -> str:
     return "-" + re.sub(r"[^A-Za-z0-9._-]", "_", job) if job else ""
 
 
-def socket_path() -> Path:
+def socket_path(*, make: bool = True) -> Path:
     """Where the broker listens: ``$ACB_SOCKET``, else ``broker[-JOBID].sock`` in the runtime directory.
 
-    Raises ConfigError as runtime_dir does, and when the path is longer than a Unix socket's may be.
+    That is made if need be; whoever only asks needs no directory. Raises ConfigError as runtime_dir does, and when the
+    path is longer than a Unix socket's may be.
     """
     chosen = os.environ.get("ACB_SOCKET")
-    path = Path(chosen) if chosen else runtime_dir() / f"broker{job_suffix()}.sock"
+    path = Path(chosen) if chosen else runtime_dir(make=make) / f"broker{job_suffix()}.sock"
     if len(os.fsencode(path)) > _SUN_PATH_MAX:
         raise ConfigError(
             f"the socket path {path} is longer than {_SUN_PATH_MAX} bytes; set ACB_RUNTIME_DIR to a shorter one"

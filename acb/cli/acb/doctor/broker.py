@@ -23,8 +23,8 @@ _TIMEOUT = 2.0  # seconds for somebody to accept a connection
 def look() -> tuple[dict[str, Any] | None, list[Check]]:
     """What the running broker reports (None: none runs), and the checks."""
     try:
-        directory = runtime_dir()
-        path = socket_path()
+        directory = runtime_dir(make=False)
+        path = socket_path(make=False)
     except ConfigError as error:
         text, _, advice = str(error).rpartition("; ")
         if not text:
@@ -52,6 +52,8 @@ def _directory(directory: Path, *, running: bool) -> Check:
             SECTION, "directory", "warn" if running else "fail", f"{directory} takes no new file: {problem}",
             "make room there, or set ACB_RUNTIME_DIR to another directory",
         )  # fmt: skip
+    if not directory.exists():
+        return Check(SECTION, "directory", "ok", f"{directory}, which the first broker or simulated GPU makes")
     mode = stat.S_IMODE(directory.stat().st_mode)
     return Check(SECTION, "directory", "ok", f"{directory}, mode {mode:04o}, yours alone")
 
