@@ -172,16 +172,17 @@ def _number(text: str) -> float:
 
 
 def runtime_dir(*, make: bool = True) -> Path:
-    """The directory of sockets and simulated GPUs; made with mode 0700 when it is not there, unless `make` is off.
+    """The directory of sockets and simulated GPUs. Where it is not there, it is made with mode 0700, if `make`.
 
     ``$ACB_RUNTIME_DIR``, else ``$XDG_RUNTIME_DIR/acb``, else ``/tmp/acb-UID``. Raises ConfigError when it cannot be
     made, belongs to another user, is open to others, or is a link.
     """
     directory = _runtime_path()
-    if not make and not os.path.lexists(directory):
-        return directory
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if make:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        elif not os.path.lexists(directory):
+            return directory
         info = directory.lstat()
     except OSError as error:
         raise ConfigError(
@@ -224,10 +225,10 @@ def job_suffix() -> str:
 
 
 def socket_path(*, make: bool = True) -> Path:
-    """Where the broker listens: ``$ACB_SOCKET``, else ``broker[-JOBID].sock`` in the runtime directory, which is made
-    as runtime_dir does.
+    """Where the broker listens: ``$ACB_SOCKET``, else ``broker[-JOBID].sock`` in the runtime directory.
 
-    Raises ConfigError as runtime_dir does, and when the path is longer than a Unix socket's may be.
+    That is made if need be; whoever only asks needs no directory. Raises ConfigError as runtime_dir does, and when the
+    path is longer than a Unix socket's may be.
     """
     chosen = os.environ.get("ACB_SOCKET")
     path = Path(chosen) if chosen else runtime_dir(make=make) / f"broker{job_suffix()}.sock"

@@ -230,7 +230,7 @@ def _running_broker(options: Options) -> Path:
     """The socket of a broker that answers; it is started now if there is none and the options allow that."""
     from acb.launcher import broker
 
-    socket = config.socket_path()
+    socket = config.socket_path(make=options.broker != "require")
     if broker.answers(socket):
         return socket
     if options.broker == "require":

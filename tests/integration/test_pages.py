@@ -95,6 +95,26 @@ def test_a_reader_that_went_away(site: Site, name: str) -> None:
     assert (said.returncode, said.stderr) == (141, "")
 
 
+def test_asking_makes_no_directory(site: Site) -> None:
+    missing = site.directory / "not" / "there"
+    for arguments, status in ((["status"], 69), (["status", "--json"], 69), (["stop"], 69)):
+        said = site.gpu_assigner(*arguments, ACB_RUNTIME_DIR=str(missing))
+        assert said.returncode == status
+        assert f"no GPU broker runs at {missing}/broker.sock" in said.stderr
+    shown = page(site, "doctor", ACB_RUNTIME_DIR=str(missing), COLUMNS="250")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert f"{missing}, which the first broker or simulated GPU makes" in shown.stdout
+    launched = subprocess.run(
+        [sys.executable, "-m", "acb.launcher", "--broker", "require", "true"],
+        env=site.environment(ACB_RUNTIME_DIR=str(missing)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert launched.returncode == 69
+    assert list(site.directory.iterdir()) == []
+
+
 def test_without_standard_output(site: Site, tmp_path: Path) -> None:
     site.start()
     for module, *arguments in PAGES.values():

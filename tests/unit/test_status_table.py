@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import pytest
-from rich.cells import cell_len
 
 from acb.cli.gpu_assigner import table
 from acb.cli.gpu_assigner.table import Column
@@ -46,14 +45,14 @@ def test_no_figure_is_cut_at_any_width(width: int, unicode: bool) -> None:
                 assert cells[column.heading] == column.cells[number]
     if width > len("evacuated") + len("process") + 2:
         assert "state" in shown
-        assert max(map(cell_len, (heading, rule, *rows))) <= width + 1
+        assert max(map(table.cells, (heading, rule, *rows))) <= width + 1
     if not unicode:
         assert rule.strip().strip("-") == ""
         assert "\N{HORIZONTAL ELLIPSIS}" not in "".join(rows)
 
 
 def test_room_goes_to_the_name() -> None:
-    widths = [cell_len(next(iter(re.findall(r"a_prog\S*", "".join(table.lines(PROGRAMS, width, unicode=True)))), ""))
+    widths = [table.cells(next(iter(re.findall(r"a_prog\S*", "".join(table.lines(PROGRAMS, width, unicode=True)))), ""))
               for width in range(60, 90)]  # fmt: skip
     assert widths == sorted(widths)
     assert widths[-1] == len("a_program_of_a_long_name.py")

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Ask, and print."""
-    path = socket_path()
+    path = socket_path(make=False)
     report = talk.status(path)
     if report is None:
         print(f"gpu_assigner: no GPU broker runs at {path}; start one with: gpu_assigner start", file=sys.stderr)

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Ask it to end, and wait until it has."""
-    path = socket_path()
+    path = socket_path(make=False)
     pid = talk.stop(path)
     if pid is None:
         print(f"gpu_assigner: no GPU broker runs at {path}", file=sys.stderr)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+from unicodedata import combining, east_asian_width
 
 GAP = 2
 """Spaces between columns."""
 
 LEAST_NAME = 7
 """To so many columns a name may be cut."""
+
+
+def cells(text: str) -> int:
+    """How many columns of a terminal the text takes."""
+    return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
 
 
 class Column(NamedTuple):
@@ -24,12 +30,12 @@ class Column(NamedTuple):
 
     def needs(self) -> int:
         """The width that shows all of it."""
-        return max(map(_width, (self.heading, *self.cells)))
+        return max(map(cells, (self.heading, *self.cells)))
 
     def least(self) -> int:
         """The width that it cannot do without."""
         loose = self.is_name or self.is_list
-        return min(self.needs(), max(LEAST_NAME, _width(self.heading))) if loose else self.needs()
+        return min(self.needs(), max(LEAST_NAME, cells(self.heading))) if loose else self.needs()
 
 
 def fitting(columns: Sequence[Column], width: int) -> tuple[list[Column], list[Column]]:
@@ -59,12 +65,6 @@ def lines(columns: Sequence[Column], width: int, *, unicode: bool) -> Iterator[s
         yield f"(no room for: {names})"
 
 
-def _width(text: str) -> int:
-    from rich.cells import cell_len  # here, for a broker is started without it
-
-    return cell_len(text)
-
-
 def _total(widths: Iterator[int] | Sequence[int]) -> int:
     listed = list(widths)
     return sum(listed) + GAP * (len(listed) - 1)
@@ -72,9 +72,9 @@ def _total(widths: Iterator[int] | Sequence[int]) -> int:
 
 def _place(cell: str, column: Column, width: int, dots: str) -> str:
     """The cell in so many columns."""
-    from rich.cells import set_cell_size
-
-    if _width(cell) > width and not column.is_list:
-        cell = set_cell_size(cell, width - len(dots)).rstrip() + dots
-    blanks = " " * (width - _width(cell))
+    if cells(cell) > width and not column.is_list:
+        while cells(cell) > width - len(dots):
+            cell = cell[:-1]
+        cell = cell.rstrip() + dots
+    blanks = " " * (width - cells(cell))
     return cell + blanks if column.left else blanks + cell

@@ -74,7 +74,7 @@ def _directory(directory: Path, *, running: bool) -> Check:
             "make room there, or set ACB_RUNTIME_DIR to another directory",
         )  # fmt: skip
     if not directory.exists():
-        return Check(SECTION, "directory", "ok", f"{directory} will be made by what first needs it, yours alone")
+        return Check(SECTION, "directory", "ok", f"{directory}, which the first broker or simulated GPU makes")
     mode = stat.S_IMODE(directory.stat().st_mode)
     return Check(SECTION, "directory", "ok", f"{directory}, mode {mode:04o}, yours alone")
 
