@@ -46,7 +46,8 @@ class Hello(Message):
     to be the gang's size. `gpu` is the ordinal of the GPU that the client is bound to,
     -1: none yet; of a client of several, the first, and `gpus` has all, as in Grant. Sizes are bytes on one GPU; of a
     client of several GPUs, on the fullest. What is learned is kept by `program`, else by the name: two programs of one
-    file name need not be alike. `chosen`: the user has said which GPU, and it is to be no other.
+    file name need not be alike. `chosen`: the user has said which GPU, and it is to be no other. `pool`: the folder
+    of the GPUs that the process uses, if they are simulated, and `pool_gpus` what they are, as after --simulate-gpus.
     """
 
     type: ClassVar[str] = "hello"
@@ -68,6 +69,8 @@ class Hello(Message):
     rank: int = 0
     program: str = ""
     chosen: bool = False
+    pool: str = ""
+    pool_gpus: str = ""
 
 
 @dataclass(frozen=True, slots=True)

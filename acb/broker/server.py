@@ -75,9 +75,10 @@ class Server:
         pool: str = "",
     ) -> None:
         """`pool`: the folder of the GPUs, if they are simulated."""
+        pool = pool and report.printable(os.path.realpath(pool))
         self._path = path
         self._history = history or History(None)
-        self._core = Broker(gpus, POLICIES[scheduler](quantum), self._history.programs)
+        self._core = Broker(gpus, POLICIES[scheduler](quantum), self._history.programs, pool)
         self._journal = journal
         self._driver = driver
         self._meter = meter
@@ -371,7 +372,8 @@ class Server:
                 self._finish_former(connection)
                 # What the kernel says counts, also where the peer lives in another pid namespace.
                 name, program = report.printable(message.name[:NAME_LENGTH]), message.program[-PROGRAM_LENGTH:]
-                message = replace(message, pid=connection.pid, name=name, program=program)
+                pool = report.printable(message.pool)
+                message = replace(message, pid=connection.pid, name=name, program=program, pool=pool)
                 kept = self._journal.suspended(connection.pid) if self._driver is not None else None
             else:
                 message = self._referees.corrected(self._core.clients.get(connection.id), message)
