@@ -144,6 +144,28 @@ def test_several_starts_at_once_make_one_broker(site: Site) -> None:
     assert os.listdir(site.directory) == []
 
 
+def test_of_different_starts_at_once_the_loser_hears_that_another_runs(site: Site) -> None:
+    wishes = ["--simulate-gpus 1x32MiB", "--simulate-gpus 1x64MiB --scheduler fair"]
+    starts = [
+        subprocess.Popen(
+            [sys.executable, "-m", "acb.cli.gpu_assigner", "start", *wish.split()],
+            env=site.environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for wish in wishes
+    ]
+    said = [process.communicate(timeout=60)[1] for process in starts]
+    assert sorted(process.returncode for process in starts) == [0, 69], said
+    won, lost = (0, 1) if starts[0].returncode == 0 else (1, 0)
+    assert f"started (process {(site.report() or {})['pid']})" in one_line(said[won])
+    assert "already running" in one_line(said[lost])
+    assert wishes[won].split()[1] in said[lost]
+    assert f"and not with {wishes[lost]}; end it first with: gpu_assigner stop" in said[lost]
+    assert site.gpu_assigner("stop").returncode == 0
+    assert os.listdir(site.directory) == []
+
+
 def test_what_a_killed_broker_leaves_hinders_nobody(site: Site) -> None:
     site.start()
     site.kill_broker()
