@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from broker_harness import MIB, FakeBroker, Site, fill, wait_until
 
+from acb import config
 from acb._version import __version__
 from acb.processes import start_time
 from acb.protocol import AskStatus, Goodbye, Welcome
@@ -232,6 +233,16 @@ def test_stop_waits_for_the_end_and_gives_up_on_a_hanging_broker(
         assert said.count(f"kill -9 $(cat {site.directory}/broker.pid)\n") == 3
     finally:
         site.brokers[-1].send_signal(signal.SIGCONT)
+
+
+def test_what_is_to_be_typed_for_a_hanging_broker_survives_any_path(tmp_path: Path) -> None:
+    place = tmp_path / "it's a place; with $(blanks)"
+    place.mkdir()
+    with subprocess.Popen(["sleep", "60"]) as hanging:
+        (place / "broker.pid").write_text(f"{hanging.pid}\n")
+        typed = config.no_answer(place / "broker.sock").partition("end it with: ")[2]
+        assert subprocess.run(["sh", "-c", typed]).returncode == 0
+        assert hanging.wait(60) == -signal.SIGKILL
 
 
 def test_whoever_answers_in_another_way_is_no_broker(site: Site) -> None:
