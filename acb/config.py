@@ -244,6 +244,18 @@ def pid_path() -> Path:
     return socket_path().with_suffix(".pid")
 
 
+def no_answer(socket: Path) -> str:
+    """What to tell a person whose broker, at this socket, hangs, or is stopped."""
+    return f"the GPU broker at {socket} does not answer; end it with: {end_it(socket)}"
+
+
+def end_it(socket: Path) -> str:
+    """A shell's command for a broker that does not listen; not pkill, which would end those of other jobs, too."""
+    import shlex
+
+    return f"kill -9 $(cat {shlex.quote(str(socket.with_suffix('.pid')))})"
+
+
 def env_path() -> Path:
     """The file with NAME=value lines for the programs of a broker, beside its socket."""
     return socket_path().with_suffix(".env")

@@ -47,7 +47,8 @@ class Hello(Message):
     -1: none yet; of a client of several, the first, and `gpus` has all, as in Grant. Sizes are bytes on one GPU; of a
     client of several GPUs, on the fullest. What is learned is kept by `program`, else by the name: two programs of one
     file name need not be alike. `arguments` is a digest of the command line's, on which the need of memory may depend.
-    `chosen`: the user has said which GPU, and it is to be no other.
+    `chosen`: the user has said which GPU, and it is to be no other. `pool`: the folder of the GPUs that the process
+    uses, if they are simulated, and `pool_gpus` what they are, as after --simulate-gpus.
     """
 
     type: ClassVar[str] = "hello"
@@ -70,6 +71,8 @@ class Hello(Message):
     program: str = ""
     arguments: str = ""
     chosen: bool = False
+    pool: str = ""
+    pool_gpus: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from acb.broker import invariants
 from acb.broker.gangs import Gangs
 from acb.broker.learning import Profile, Programs
 from acb.broker.leases import Leases
-from acb.broker.limits import impossible, stranded
+from acb.broker.limits import impossible, of_another_pool, stranded
 from acb.broker.policies import Policy
 from acb.broker.room import STEADY, Room
 from acb.broker.schedule import Scheduler
@@ -56,9 +56,16 @@ __all__ = ["Broker", "Client", "Gpu", "Send", "Unit"]
 class Broker:
     """The state machine for the GPUs of one broker process."""
 
-    def __init__(self, gpus: Sequence[Gpu], policy: Policy, programs: Programs | None = None, context: int = 0) -> None:
+    def __init__(
+        self,
+        gpus: Sequence[Gpu],
+        policy: Policy,
+        programs: Programs | None = None,
+        context: int = 0,
+        pool: str = "",
+    ) -> None:
         """With `programs`, what was learned of them before. `context`: bytes that a process may have on a GPU besides
-        what it says, at most; observed() and context() tell how many."""
+        what it says, at most; observed() and context() tell how many. `pool`: as in Hello."""
         self.gpus = list(gpus)
         self.policy = policy
         self.programs = programs or Programs()
@@ -66,6 +73,7 @@ class Broker:
         self.recovering: set[int] = set()
         self._absent: dict[int, Client] = {}  # by process
         self._narrow = False  # some holders may have been promised less than they should have
+        self._pool = pool
         self._by_ordinal = {gpu.ordinal: gpu for gpu in gpus}
         self._log: deque[tuple[float | None, int, Message | str]] = deque(maxlen=200)
         self._out: list[Send] = []
@@ -268,11 +276,14 @@ class Broker:
         self.clients[client_id] = client
         self.recovering.discard(hello.pid)
         missing = [n for n in _ordinals(hello) if n not in self._by_ordinal] if hello.gpu >= 0 else []
-        if missing:
+        if hello.pool not in ("", self._pool):
+            client.stranded = of_another_pool(hello)
+        elif missing:
             client.stranded = stranded(client, missing, self._by_ordinal)
+        if client.stranded:
             hello = replace(hello, gang="")  # the others may still run together, without it
         self._gangs.join(client, hello, now)
-        gpus = [] if missing else [self._by_ordinal[n] for n in _ordinals(hello) if n in self._by_ordinal]
+        gpus = [] if client.stranded else [self._by_ordinal[n] for n in _ordinals(hello) if n in self._by_ordinal]
         if not client.unit.gpus and len(gpus) == client.unit.size:
             self.scheduler.place(client.unit, gpus, bound=True)
         if client.gpus and hello.gpu >= 0:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from acb.broker.room import Room
 from acb.broker.state import Client, Gpu
-from acb.config import format_size
+from acb.config import ConfigError, format_size, parse_simulated
+from acb.protocol import Hello
 
 
 def impossible(client: Client, gpus: Sequence[Gpu]) -> str:
@@ -42,4 +43,16 @@ def stranded(client: Client, missing: Sequence[int], lent: Iterable[int]) -> str
     return (
         f"process {client.pid} is bound to {which}, which this broker does not lend, and waits for one that does; "
         f"run: gpu_assigner stop, then: gpu_assigner start, with --gpu-list {needed}"
+    )
+
+
+def of_another_pool(hello: Hello) -> str:
+    """What to tell a client of simulated GPUs which are not lent: it sees no other."""
+    try:
+        option = f"--simulate-gpus {parse_simulated(hello.pool_gpus)}"
+    except ConfigError:
+        option = "with these"
+    return (
+        f"process {hello.pid} uses the simulated GPUs in {hello.pool}, which this broker does not lend, and waits for "
+        f"one that does; run: gpu_assigner stop, then: gpu_assigner start {option}"
     )

@@ -82,10 +82,11 @@ class Server:
         pool: str = "",
     ) -> None:
         """`pool`: the folder of the GPUs, if they are simulated."""
+        pool = pool and report.printable(os.path.realpath(pool))
         self._path = path
         self._history = history or History(None)
         context = 0 if meter is None else CONTEXT
-        self._core = Broker(gpus, POLICIES[scheduler](quantum), self._history.programs, context)
+        self._core = Broker(gpus, POLICIES[scheduler](quantum), self._history.programs, context, pool)
         self._journal = journal
         self._driver = driver
         self._meter = meter
@@ -381,8 +382,14 @@ class Server:
                 self._finish_former(connection)
                 # What the kernel says counts, also where the peer lives in another pid namespace.
                 name, program = report.printable(message.name[:NAME_LENGTH]), message.program[-PROGRAM_LENGTH:]
-                arguments = message.arguments[:ARGUMENTS_LENGTH]
-                message = replace(message, pid=connection.pid, name=name, program=program, arguments=arguments)
+                message = replace(
+                    message,
+                    pid=connection.pid,
+                    name=name,
+                    program=program,
+                    arguments=message.arguments[:ARGUMENTS_LENGTH],
+                    pool=report.printable(message.pool),
+                )
                 kept = self._journal.suspended(connection.pid) if self._driver is not None else None
             else:
                 client = self._core.clients.get(connection.id)

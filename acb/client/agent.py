@@ -16,6 +16,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from acb import config
 from acb.client import holders, visible
 from acb.client.connection import Connection
 from acb.client.hello import hello
@@ -263,6 +264,10 @@ class Agent:
         """To a person who may wonder why nothing happens; once a process, and of each stopped one that it waits for."""
         if not self._wanted or self.lease or not self._connection.welcomed:
             self._waits_since = 0.0
+            if self._wanted and not self.lease and self._connection.unanswered():
+                from acb.client.runtime import warn_once
+
+                warn_once("unanswered", config.no_answer(config.socket_path()))
         elif not self._waits_since:
             self._waits_since = time.monotonic()
         elif time.monotonic() - self._waits_since > WONDER:

@@ -26,6 +26,9 @@ RESTART_AFTER = 0.5
 RESTART_EVERY = 10.0
 """Seconds between a client's tries to start one."""
 
+UNANSWERED = 10.0
+"""Seconds without an answer to the hello, after which a broker is taken to hang: it needs microseconds."""
+
 OUTAGE = 30.0
 """Seconds that a program short of memory waits for the broker after one that died, before it sees its own error."""
 
@@ -63,6 +66,7 @@ class Connection:
         """The agent's thread waits for other processes, in nobody's C++ code."""
         self._lock = lock
         self._listener = listener
+        self._hello_at = 0.0
         self._socket: socket.socket | None = None
         self._poller: select.epoll | None = None  # of the agent's thread: the wake-up call, and the socket
         self._reading = threading.Lock()  # held by the thread that reads the socket and deals with what it says
@@ -184,9 +188,14 @@ class Connection:
             self.outside = False
         with self._lock:
             self._socket, self.lost_at = connection, None
+            self._hello_at = time.monotonic()
             self._hear(connection)
             self.send(hello())
         return None
+
+    def unanswered(self) -> bool:
+        """Whether there is a broker that does not answer the hello."""
+        return self.up and not self.welcomed and time.monotonic() - self._hello_at > UNANSWERED
 
     def welcome(self) -> None:
         """The broker has answered the hello. With the lock held."""

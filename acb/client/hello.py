@@ -33,6 +33,7 @@ def hello(name: str, gpu: int | None, gpus: tuple[int, ...], memory: Memory, *, 
         peak=memory.last_peak if gpu is not None else 0,
         program=_program(),
         arguments=_arguments(),
+        **(_pool() if simulated else {}),
         **wishes.of_this_process()._asdict(),
     )
 
@@ -48,6 +49,15 @@ def _place(gpu: int | None, gpus: tuple[int, ...], simulated: bool) -> dict[str,
     if gpu is None:
         return {"gpu": -1, "gpus": ""}
     return {"gpu": gpu, "gpus": ",".join(map(str, gpus)) if len(gpus) > 1 else "", "chosen": bool(chosen)}
+
+
+def _pool() -> dict[str, Any]:
+    """Fields of the Hello: which simulated GPUs these are, and no others will do."""
+    folder = os.environ.get("ACB_SIMULATED")
+    if not folder:
+        return {}
+    pool = os.path.realpath(folder).encode("utf-8", "replace").decode()
+    return {"pool": pool, "pool_gpus": os.environ.get("ACB_SIMULATED_GPUS", "")}
 
 
 def _program() -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from broker_harness import MIB, FakeBroker, Site, fill, wait_until
 
+from acb import config
 from acb._version import __version__
 from acb.processes import start_time
 from acb.protocol import AskStatus, Goodbye, Welcome
@@ -177,6 +178,28 @@ def test_several_starts_at_once_make_one_broker(site: Site) -> None:
     assert os.listdir(site.directory) == []
 
 
+def test_of_different_starts_at_once_the_loser_hears_that_another_runs(site: Site) -> None:
+    wishes = ["--simulate-gpus 1x32MiB", "--simulate-gpus 1x64MiB --scheduler fair"]
+    starts = [
+        subprocess.Popen(
+            [sys.executable, "-m", "acb.cli.gpu_assigner", "start", *wish.split()],
+            env=site.environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for wish in wishes
+    ]
+    said = [process.communicate(timeout=60)[1] for process in starts]
+    assert sorted(process.returncode for process in starts) == [0, 69], said
+    won, lost = (0, 1) if starts[0].returncode == 0 else (1, 0)
+    assert f"started (process {(site.report() or {})['pid']})" in one_line(said[won])
+    assert "already running" in one_line(said[lost])
+    assert wishes[won].split()[1] in said[lost]
+    assert f"and not with {wishes[lost]}; end it first with: gpu_assigner stop" in said[lost]
+    assert site.gpu_assigner("stop").returncode == 0
+    assert os.listdir(site.directory) == []
+
+
 def test_what_a_killed_broker_leaves_hinders_nobody(site: Site) -> None:
     site.start()
     site.kill_broker()
@@ -243,6 +266,16 @@ def test_stop_waits_for_the_end_and_gives_up_on_a_hanging_broker(
         assert said.count(f"kill -9 $(cat {site.directory}/broker.pid)\n") == 3
     finally:
         site.brokers[-1].send_signal(signal.SIGCONT)
+
+
+def test_what_is_to_be_typed_for_a_hanging_broker_survives_any_path(tmp_path: Path) -> None:
+    place = tmp_path / "it's a place; with $(blanks)"
+    place.mkdir()
+    with subprocess.Popen(["sleep", "60"]) as hanging:
+        (place / "broker.pid").write_text(f"{hanging.pid}\n")
+        typed = config.no_answer(place / "broker.sock").partition("end it with: ")[2]
+        assert subprocess.run(["sh", "-c", typed]).returncode == 0
+        assert hanging.wait(60) == -signal.SIGKILL
 
 
 def test_whoever_answers_in_another_way_is_no_broker(site: Site) -> None:

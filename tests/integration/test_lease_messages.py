@@ -533,3 +533,21 @@ def test_the_hello_says_whether_the_user_has_chosen_the_gpu(
     program.begin("enter")
     meet(broker, gpu=gpu, chosen=chosen)
     program.kill()
+
+
+def test_a_broker_that_does_not_answer_the_hello_is_named_once_with_what_ends_it(
+    site: Site, broker: FakeBroker
+) -> None:
+    program = site.program()
+    program.begin("enter")
+    meet(broker, pid=program.pid)
+    wait_until("the program to say so", lambda: program.errors)
+    end_it = f"kill -9 $(cat {site.directory}/broker.pid)"
+    said = f"acb: the GPU broker at {site.socket} does not answer; end it with: {end_it}\n"
+    assert program.errors == said
+    broker.send(Welcome(VERSION, 1))  # it was only slow
+    assert broker.receive() == Request()
+    broker.send(GRANT)
+    program.end("enter")
+    assert program.errors == said
+    program.kill()

@@ -250,3 +250,35 @@ def test_a_program_bound_to_a_gpu_that_the_next_broker_lacks_says_so_and_waits_f
     assert site.violations() == []
     for program in programs:
         program.kill()
+
+
+def test_a_program_of_other_simulated_gpus_than_the_next_broker_lends_waits_for_one_that_does(site: Site) -> None:
+    site.start("2x64MiB", "--quantum", "0")
+    spec = {"ACB_SIMULATED_GPUS": "2x64MiB"}
+    program, late = site.program(**spec), site.program(**spec)
+    program.do("enter")
+    program.do("add", "model", 40 * MIB)
+    program.do("leave")
+    assert site.gpu_assigner("stop").returncode == 0
+    site.start("1x32MiB")
+    wait_until("it to hear of it", lambda: program.do("facts")["closed"])
+    program.begin("region")
+    late.begin("enter")  # it has never had a GPU, and sees only those of the broker before
+    for each in (program, late):
+        assert site.wait_for(each, "waiting")["gpus"] == []
+        sentence = (
+            f"process {each.pid} uses the simulated GPUs in {site.directory}/simulated-2x64MiB, which this broker"
+        )
+        wait_until("the program to say so", lambda each=each: each.errors.count("\n"))  # type: ignore[misc]
+        for said in (each.errors, site.broker_log(), site.gpu_assigner("status").stdout):
+            assert sentence in said
+            assert "gpu_assigner stop, then: gpu_assigner start --simulate-gpus 2x64MiB\n" in said
+    assert site.gpu_assigner("stop").returncode == 0
+    site.start("2x64MiB")
+    program.end("region")
+    late.end("enter")
+    assert site.client(program)["resident"] == 40 * MIB
+    assert site.used() == 40 * MIB
+    assert site.violations() == []
+    for each in (program, late):
+        each.kill()

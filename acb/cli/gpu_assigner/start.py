@@ -87,15 +87,8 @@ def run(options: argparse.Namespace) -> int:
     path = socket_path()
     running = talk.status(path)
     if running is not None:
-        given = running.get("options", {})
-        words = f"already running (process {running['pid']}) with {running['devices']}, {as_typed(given)}"
-        others = {} if options.recover else _contradictions(options, given, running["gpus"])
-        if others:
-            raise ConfigError(
-                f"{words}, and not with {as_typed(others)}; end it first with: gpu_assigner stop", EX_UNAVAILABLE
-            )
-        print(f"gpu_assigner: {words}", file=sys.stderr)
-        return 0
+        return _make_do_with(running, options)
+    wishes = argparse.Namespace(**vars(options))
     if options.recover or (options.for_launch and _left_clients(options)):
         _take_over(options)
     options.scheduler = options.scheduler or "fifo"
@@ -103,7 +96,20 @@ def run(options: argparse.Namespace) -> int:
     options.driver_tier = options.driver_tier or "auto"
     if options.foreground:
         return _serve(path, options)
-    return _spawn(path, options)
+    return _spawn(path, options, wishes)
+
+
+def _make_do_with(running: Mapping[str, Any], options: argparse.Namespace) -> int:
+    """One runs already: 0. Raises ConfigError when other options are asked for than it has."""
+    given = running.get("options", {})
+    words = f"already running (process {running['pid']}) with {running['devices']}, {as_typed(given)}"
+    others = {} if options.recover else _contradictions(options, given, running["gpus"])
+    if others:
+        raise ConfigError(
+            f"{words}, and not with {as_typed(others)}; end it first with: gpu_assigner stop", EX_UNAVAILABLE
+        )
+    print(f"gpu_assigner: {words}", file=sys.stderr)
+    return 0
 
 
 def _contradictions(options: argparse.Namespace, running: Mapping[str, Any], gpus: list[Any]) -> dict[str, Any]:
@@ -194,8 +200,8 @@ def _options(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _spawn(path: Path, options: argparse.Namespace) -> int:
-    """Run the same command in the background, and wait until the socket answers."""
+def _spawn(path: Path, options: argparse.Namespace, wishes: argparse.Namespace) -> int:
+    """Run the same command in the background, and wait until the socket answers. `wishes`: the options as given."""
     command = [sys.executable, "-m", "acb.cli.gpu_assigner", "start", "--foreground", "--log", str(_beside("log"))]
     for name, value in _options(options).items():
         command += [f"--{name.replace('_', '-')}", value] if value else []
@@ -216,7 +222,7 @@ def _spawn(path: Path, options: argparse.Namespace) -> int:
     finally:
         os.close(saying)
     with open(said, errors="replace") as stream:
-        return _wait_for_start(path, process, stream)
+        return _wait_for_start(path, process, stream, wishes)
 
 
 def _state() -> dict[str, str]:
@@ -225,20 +231,23 @@ def _state() -> dict[str, str]:
     return {} if programs is None else {"ACB_STATE_DIR": str(programs.parent)}
 
 
-def _wait_for_start(path: Path, process: subprocess.Popen[bytes], said: TextIO) -> int:
-    """Return 0 when a broker answers. Raises ConfigError when the process ends before that, with what it `said`."""
+def _wait_for_start(path: Path, process: subprocess.Popen[bytes], said: TextIO, wishes: argparse.Namespace) -> int:
+    """Return 0 when a broker answers. Raises ConfigError when the process ends before that, with what it `said`, or
+    when somebody else's, started at the same moment, is not as wished."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         report = talk.status(path)
-        if report is not None:
+        if report is not None and report["pid"] == process.pid:
             print(f"gpu_assigner: started (process {report['pid']}) with {report['devices']}", file=sys.stderr)
             process.returncode = 0  # it is meant to outlive us: no warning that it does
             return 0
+        if report is not None and process.poll() is not None:
+            return _make_do_with(report, wishes)
         try:
             process.wait(0.01)
         except subprocess.TimeoutExpired:
             continue
-        if process.returncode == EX_TEMPFAIL:
+        if process.returncode == EX_TEMPFAIL or report is not None:
             time.sleep(0.01)  # somebody else starts one at this very moment: wait for his
             continue
         lines = said.read().strip().splitlines()

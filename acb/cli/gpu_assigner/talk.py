@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from acb.config import EX_TEMPFAIL, ConfigError
+from acb.config import EX_TEMPFAIL, ConfigError, end_it, no_answer
 from acb.protocol import MAX_PACKET, AskStatus, AskStop, Goodbye, Message, ProtocolError, Status, decode, encode
 
 PATIENCE = 10.0
@@ -48,14 +48,9 @@ def _stranger(path: Path, answer: Message) -> ConfigError:
     """The error for a process that answers what no broker of this version does."""
     return ConfigError(
         f"the process at {path} is no GPU broker of this version: it answers {answer.type}; "
-        f"end it with: {_end_it(path)}",
+        f"end it with: {end_it(path)}",
         EX_TEMPFAIL,
     )
-
-
-def _end_it(path: Path) -> str:
-    """A command for a broker that does not listen; not pkill, which would end those of other jobs, too."""
-    return f"kill -9 $(cat {path.with_suffix('.pid')})"
 
 
 def _ask(path: Path, question: Message) -> Message | None:
@@ -76,9 +71,7 @@ def _ask(path: Path, question: Message) -> Message | None:
             packet = connection.recv(MAX_PACKET)
             return decode(packet) if packet else None
         except TimeoutError:
-            raise ConfigError(
-                f"the GPU broker at {path} does not answer; end it with: {_end_it(path)}", EX_TEMPFAIL
-            ) from None
+            raise ConfigError(no_answer(path), EX_TEMPFAIL) from None
         except (FileNotFoundError, ConnectionError):
             return None
         except (OSError, ProtocolError) as error:
