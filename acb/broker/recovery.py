@@ -19,7 +19,7 @@ from acb.broker.state import Client, Found, Gpu, Send
 from acb.config import format_size
 from acb.protocol import VERSION, Hello
 
-PATIENCE = 5.0
+PATIENCE = 2.0
 """Seconds that a new broker lends nothing while it waits for the clients of the one before."""
 
 EVERY, LATER = 0.05, 0.25

@@ -26,7 +26,7 @@ RESTART_AFTER = 0.5
 RESTART_EVERY = 10.0
 """Seconds between a client's tries to start one."""
 
-UNANSWERED = 10.0
+UNANSWERED = 5.0
 """Seconds without an answer to the hello, after which a broker is taken to hang: it needs microseconds."""
 
 OUTAGE = 30.0

@@ -263,7 +263,7 @@ def test_a_program_of_other_simulated_gpus_than_the_next_broker_lends_waits_for_
     site.start("1x32MiB")
     wait_until("it to hear of it", lambda: program.do("facts")["closed"])
     program.begin("region")
-    late.begin("enter")  # it has never had a GPU, and sees only those of the broker before
+    late.begin("region")  # it has never had a GPU, and sees only those of the broker before
     for each in (program, late):
         assert site.wait_for(each, "waiting")["gpus"] == []
         sentence = (
@@ -276,7 +276,7 @@ def test_a_program_of_other_simulated_gpus_than_the_next_broker_lends_waits_for_
     assert site.gpu_assigner("stop").returncode == 0
     site.start("2x64MiB")
     program.end("region")
-    late.end("enter")
+    late.end("region")
     assert site.client(program)["resident"] == 40 * MIB
     assert site.used() == 40 * MIB
     assert site.violations() == []
