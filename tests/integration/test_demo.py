@@ -36,7 +36,7 @@ def test_a_mix_of_pytorch_and_jax_runs_out_of_memory_without_acb_and_finishes_wi
     quick = (*QUICK, str(tmp_path / "one.fasta"))
     monkeypatch.setattr(scenes, "OPTIONS", {name: (*given, *quick) for name, given in scenes.OPTIONS.items()})
     with scenes.Stage(tmp_path, SimulatedSpec((512 << 20,))) as stage, Progress(io.StringIO()) as progress:
-        summary = scenes.play(stage, PROGRAMS["mix"], progress)
+        summary = scenes.play(stage, PROGRAMS["mix"], progress, warm_up=False)
     logs = "\n".join(path.read_text() for path in tmp_path.glob("with_acb/*/log.txt"))
     assert summary["without_acb"]["out_of_memory"] >= 2, summary
     assert summary["with_acb"]["finished"] == 4, logs

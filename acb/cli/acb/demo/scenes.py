@@ -147,8 +147,8 @@ class Program:
         return {p.name: p for p in sorted(self.out.iterdir()) if p.name not in ("summary.json", "log.txt")}
 
 
-def play(stage: Stage, scripts: Sequence[str], progress: Progress) -> dict[str, Any]:
-    """All three scenes; the summary."""
+def play(stage: Stage, scripts: Sequence[str], progress: Progress, *, warm_up: bool = True) -> dict[str, Any]:
+    """All three scenes; the summary. Without `warm_up` its seconds are not to be believed."""
     kinds = list(dict.fromkeys(scripts))
     without = ["--broker", "off", "--simulate-gpus", str(stage.spec)]
     alone: dict[str, Program] = {}
@@ -156,7 +156,7 @@ def play(stage: Stage, scripts: Sequence[str], progress: Progress) -> dict[str, 
     for kind in kinds:
         name = kind.removesuffix(".py")
         # The first run of all fills the disk's cache and compiles Python files: it would flatter acb to count it.
-        for title in (f"0. {kind} alone, to warm up (not counted)", f"1. {kind} alone"):
+        for title in (f"0. {kind} alone, to warm up (not counted)", f"1. {kind} alone")[not warm_up :]:
             progress.begin(title)
             program = Program(stage, name, kind, stage.out / "alone" / name, without)
             alone_s[kind] = _watch(stage, [program], progress)
