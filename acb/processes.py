@@ -48,15 +48,24 @@ def stopped(pid: int) -> bool:
     return _stat(pid)[:1] in ([b"T"], [b"t"])
 
 
-def ending(pid: int, *, running: bool = False) -> int | None:
+def going_on(pid: int) -> str:
+    """What can be done about a process that is stopped, in words for a person."""
+    return f"let it go on with fg in its shell or kill -CONT {pid}, or end it with: kill -9 {pid}"
+
+
+def ending(pid: int) -> int | None:
     """A file descriptor that becomes readable when a process that is just ending has ended, with all that it held.
 
     None: it has already, or it is not ending at all. (Its connections may be closed before its GPU memory is free.)
-    `running`: the same of one that is not ending yet.
     """
     fields = _stat(pid)
-    if not fields or not (running or fields[0] in (b"Z", b"X") or int(fields[6]) & _EXITING):
+    if not fields or not (fields[0] in (b"Z", b"X") or int(fields[6]) & _EXITING):
         return None
+    return running(pid)
+
+
+def running(pid: int) -> int | None:
+    """The same of any process, ending or not. None: it has ended."""
     try:
         descriptor = os.pidfd_open(pid)
     except OSError:

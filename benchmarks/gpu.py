@@ -28,10 +28,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from acb.cli.signals import Signals
 from benchmarks import report
 from benchmarks.gpu_parts import PARTS, card, playing
 from benchmarks.gpu_parts.card import Card
-from benchmarks.gpu_parts.playing import Stop
 
 TIME = 480.0
 """Seconds for everything."""
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "versions": versions(),
     }
     results: list[dict[str, Any]] = []
-    with Stop().listening() as stop:
+    with Signals(in_the_end=False) as stop:
         for number, name in enumerate(options.only, 1):
             result = _play(name, options.only[number:], here, options, begun + options.limit - time.time(), stop)
             results.append(result)
@@ -111,7 +111,7 @@ def versions() -> dict[str, str]:
 
 
 def _play(
-    name: str, later: Sequence[str], here: Card, options: argparse.Namespace, left: float, stop: Stop
+    name: str, later: Sequence[str], here: Card, options: argparse.Namespace, left: float, stop: Signals
 ) -> dict[str, Any]:
     """One part: what it has told, or why it cannot be played (see playing).
 

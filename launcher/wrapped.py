@@ -79,10 +79,8 @@ def _against(options: Sequence[str]) -> str | None:
             return option
         if option.startswith("PYTHONPATH="):
             return "PYTHONPATH=..."
-        if option.startswith("-") and not option.startswith("--"):
-            for letter in _letters(option):
-                if letter == "i":
-                    return "-i"
+        if option.startswith("-") and not option.startswith("--") and "i" in _letters(option):
+            return "-i"
         if option.replace("=", "").replace("--unset", "-u") == "-uPYTHONPATH":
             return "-u PYTHONPATH"
     return None

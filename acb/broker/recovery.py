@@ -153,8 +153,7 @@ def words(client: Client) -> str:
         what = f"the {format_size(client.resident)} that it has on {which} are lent to nobody else"
     help_it = f"it may be busy; else end it with: kill -9 {client.pid}"
     if processes.stopped(client.pid):
-        help_it = f"it is stopped: let it go on with fg in its shell or kill -CONT {client.pid}, or end it with: "
-        help_it += f"kill -9 {client.pid}"
+        help_it = f"it is stopped: {processes.going_on(client.pid)}"
     return (
         f"process {client.pid} ({client.name}) has not told this broker what it holds since the one before; until it "
         f"does, or ends, {what}; {help_it}"

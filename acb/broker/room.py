@@ -141,9 +141,9 @@ class Room:
                 return gpu.capacity - left_behind
             peak = known
         context = self._context if client.context < 0 else client.context
-        least = max(self.floor(client), max(client.hint, client.need, client.peak) + context)
-        most = gpu.capacity - left_behind
         floor = self.floor(client)
+        least = max(floor, max(client.hint, client.need, client.peak) + context)
+        most = gpu.capacity - left_behind
         if staying and floor > most:  # who is absent comes back, or ends: what is known to be needed is waited for
             most = min(floor, most + sum([o.resident for o in gpu.occupants.values() if o.absent and not o.lease]))
         if self.driver and least > most:

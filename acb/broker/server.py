@@ -339,7 +339,7 @@ class Server:
             self._full = False
             self._poller.register(self._listener, select.EPOLLIN)
         if connection.id in self._core.clients:
-            descriptor = processes.ending(connection.pid, running=runs_on)
+            descriptor = (processes.running if runs_on else processes.ending)(connection.pid)
             if descriptor is None:
                 self._forget(connection)
             else:  # what it has on the GPU is only free when it has ended altogether
@@ -451,10 +451,7 @@ class Server:
                 leaving.append((connection, True))
             elif client is None and isinstance(send.message, Refused):
                 leaving.append((connection, False))
-        for (
-            connection,
-            deaf,
-        ) in leaving:  # only now: what follows from it is to be said after all that was decided before
+        for connection, deaf in leaving:  # only now: what follows from it is said after all that was decided before
             self._drop(connection, runs_on=deaf)
 
     @staticmethod

@@ -53,8 +53,8 @@ def words(client: Client) -> str:
     what = "has its memory on" if client.evacuating else "holds"
     which = " and ".join(str(gpu.ordinal) for gpu in client.gpus)
     return (
-        f"process {client.pid} ({client.name}) is stopped and {what} GPU {which}, for which others wait; let it go on "
-        f"with fg in its shell or kill -CONT {client.pid}, or end it with kill -9 {client.pid}"
+        f"process {client.pid} ({client.name}) is stopped and {what} GPU {which}, for which others wait; "
+        f"{processes.going_on(client.pid)}"
     )
 
 

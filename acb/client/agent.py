@@ -16,18 +16,17 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from acb import config
-from acb.client import holders, visible
+from acb.client import visible
 from acb.client.connection import Connection
 from acb.client.hello import hello
 from acb.client.memory import Memory, Moved
 from acb.client.outside import Outside
+from acb.client.patience import Patience
 from acb.client.refusal import refused
 from acb.client.room import Room
 from acb.client.trace import Trace
 from acb.client.yielding import Yielding
 from acb.protocol import (
-    AskStatus,
     Evacuate,
     Evacuated,
     Goodbye,
@@ -53,9 +52,6 @@ from acb.protocol import Room as RoomAnswer
 if TYPE_CHECKING:
     from acb.client.evacuation import Evacuator
     from acb.client.gate import Gate
-
-WONDER = 30.0
-"""Seconds after which somebody who has to wait for the GPU is told so."""
 
 HEARTBEAT = 5.0
 """Seconds: as long as the agent can be deaf, should a thread that listens be interrupted at the wrong microsecond.
@@ -105,7 +101,7 @@ class Agent:
         self._alone = False  # the program goes on without a broker, for good
         self._said: Holds | None = None
         self._say_at = 0.0
-        self._waits_since = 0.0
+        self._patience = Patience(self._connection)
         self._finishing = False
         self._trace = Trace(os.environ.get("ACB_TRACE"), name)
 
@@ -261,28 +257,12 @@ class Agent:
                 return
 
     def _say_that_it_waits(self) -> None:
-        """To a person who may wonder why nothing happens; once a process, and of each stopped one that it waits for."""
-        if not self._wanted or self.lease or not self._connection.welcomed:
-            self._waits_since = 0.0
-            if self._wanted and not self.lease and self._connection.unanswered():
-                from acb.client.runtime import warn_once
-
-                warn_once("unanswered", config.no_answer(config.socket_path()))
-        elif not self._waits_since:
-            self._waits_since = time.monotonic()
-        elif time.monotonic() - self._waits_since > WONDER:
-            from acb.client.runtime import warn_once
-
-            warn_once("waits", f"waiting for the GPU since {WONDER:.0f} s; to see who has it: gpu_assigner status")
-            self._waits_since = time.monotonic()
+        """To a person; see Patience."""
+        if not self._wanted or self.lease:
+            self._patience.over()
+        elif self._patience.waits():
             with self._lock:
-                self._connection.send(AskStatus())  # whether somebody is stopped
-
-    def _say_who_is_stopped(self, status: Status) -> None:
-        from acb.client.runtime import warn_once
-
-        for sentence in holders.stopped(status):
-            warn_once(sentence, sentence)
+                self._patience.ask()
 
     def _say_what_is_held(self) -> None:
         """Let the broker know, once in a while, and see what it learns from."""
@@ -358,7 +338,7 @@ class Agent:
         elif isinstance(message, Welcome):
             self._welcome(message)
         elif isinstance(message, Status):
-            self._say_who_is_stopped(message)
+            self._patience.told(message)
         elif isinstance(message, Refused):
             self._refused(message)
         elif isinstance(message, Goodbye):

@@ -12,14 +12,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from acb.cli.signals import Signals
 from benchmarks import report
 from benchmarks.gpu_parts import Entry
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""By which a person, a batch system or a closed terminal ends the benchmark."""
 
 SHORT = 60
 """Bytes of the path of a directory beneath which a stage's socket has a path that Linux accepts: 107."""
@@ -34,40 +31,12 @@ TAIL = 4000
 """Bytes of the end of each program's log that are kept."""
 
 
-class Stop:
-    """The first of SIGNALS that has come, which is only noted: whoever waits looks at it, and puts things away."""
-
-    def __init__(self) -> None:
-        self.number = 0
-
-    @property
-    def reason(self) -> str:
-        """In words; '' while none has come."""
-        return f"stopped by {signal.Signals(self.number).name}" if self.number else ""
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[Stop]:
-        """Signals that are ignored (by nohup, say) are still ignored."""
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-        caught = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
-        try:
-            for number in caught:
-                signal.signal(number, self._note)
-            yield self
-        finally:
-            for number in caught:
-                signal.signal(number, before[number])
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.number = self.number or number
-
-
 def empty(name: str, status: str, reason: str) -> dict[str, Any]:
     """What is said of a part that has told nothing."""
     return {"name": name, "rows": [], "figures": {}, "seconds": 0.0, "status": status, "reason": reason}
 
 
-def play(name: str, entry: Entry, settings: dict[str, Any], limit: float, log: Path, stop: Stop) -> dict[str, Any]:
+def play(name: str, entry: Entry, settings: dict[str, Any], limit: float, log: Path, stop: Signals) -> dict[str, Any]:
     """What its file says when it has ended: {name, status, reason, rows, figures, seconds}; see part.Part.
 
     `settings` are a part's (see part.Settings) but for the deadline. A part that does not end within `limit` seconds,
@@ -131,7 +100,7 @@ def said(directory: Path) -> str:
     return "".join(found)
 
 
-def _end(process: subprocess.Popen[bytes], deadline: float, stop: Stop) -> None:
+def _end(process: subprocess.Popen[bytes], deadline: float, stop: Signals) -> None:
     """Wait until it has ended, the deadline is over, or a signal has come."""
     while not stop.number and time.time() < deadline:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -139,7 +108,7 @@ def _end(process: subprocess.Popen[bytes], deadline: float, stop: Stop) -> None:
             return
 
 
-def _cut(result: dict[str, Any], status: int, limit: float | None, log: Path, stop: Stop) -> dict[str, str]:
+def _cut(result: dict[str, Any], status: int, limit: float | None, log: Path, stop: Signals) -> dict[str, str]:
     """Of a part that has not come to its end."""
     if stop.number:
         return {"status": "stopped", "reason": stop.reason}

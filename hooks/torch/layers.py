@@ -43,6 +43,7 @@ def repeatable(module: Any) -> bool:
         "forward" in held  # replaced for this one
         or held.get("inplace")
         or held.get("max_norm") is not None  # an embedding, which scales its weights then
+        or held.get("padding_mode", "zeros") != "zeros"  # a convolution that is two operations
         or held.get("_compiled_call_impl") is not None
         or any(held.get(name) for name in _HOOKS)
         or nn.modules.module._has_any_global_hook()

@@ -42,6 +42,13 @@ def wait_until(what: str, true: Callable[[], T | None]) -> T:
     raise AssertionError(f"waited in vain for {what}")
 
 
+def one_line(text: str) -> str:
+    """What gpu_assigner has said, which is one line."""
+    assert text.count("\n") == 1, text
+    assert text.startswith("gpu_assigner: "), text
+    return text
+
+
 def fill(path: Path) -> None:
     """Make a file as large as the disk allows."""
     with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
@@ -333,6 +340,13 @@ class Program:
     def running(self) -> bool:
         """Whether it has not ended."""
         return self._process.poll() is None
+
+
+def quiet_end(*programs: Program) -> None:
+    """They end well, and have said nothing."""
+    for program in programs:
+        assert program.finish() == 0, program.errors
+        assert program.errors == ""
 
 
 class Peer:

@@ -9,6 +9,9 @@ from pathlib import Path
 import broker_harness
 import pytest
 
+from acb.config import SimulatedSpec
+from acb.devices.simulated import create_cards
+
 
 @pytest.fixture
 def site() -> Iterator[broker_harness.Site]:
@@ -32,3 +35,12 @@ def small_disk(site: broker_harness.Site) -> Iterator[Path]:
     finally:
         site.gpu_assigner("stop", ACB_RUNTIME_DIR=str(path))  # one that a failed test has left
         subprocess.run(["umount", path], check=True)
+
+
+@pytest.fixture
+def broker(site: broker_harness.Site) -> Iterator[broker_harness.FakeBroker]:
+    """A broker of the test's own, with a simulated GPU of 64 MiB."""
+    create_cards(site.directory / "simulated-1x64MiB", SimulatedSpec((64 << 20,)))
+    fake = broker_harness.FakeBroker(site.socket)
+    yield fake
+    fake.close()

@@ -44,7 +44,7 @@ HELLO = Hello(VERSION, os.getpid(), "peer")
 
 
 DEAF = """
-import os, socket, sys, time
+import os, signal, socket, sys
 from acb.protocol import VERSION, Hello, MoreRoom, Request, encode
 peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 peer.connect(sys.argv[1])
@@ -56,7 +56,7 @@ try:
         peer.send(encode(MoreRoom(0, 5)))  # each is answered
 except ConnectionError:
     print("disconnected", flush=True)
-time.sleep(600)
+signal.pause()
 """
 """A client that has the lease, does not read what it is told, and lives on when it is disconnected."""
 

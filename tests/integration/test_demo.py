@@ -14,7 +14,7 @@ from broker_harness import Peer, wait_until
 
 from acb.cli.acb.demo import NEEDS, PROGRAMS, scenes
 from acb.cli.acb.demo.progress import Progress
-from acb.cli.acb.demo.signals import Signals
+from acb.cli.signals import Signals
 from acb.config import SimulatedSpec
 from acb.protocol import VERSION, Hello, Welcome
 from acb.workloads import fasta
@@ -89,7 +89,8 @@ def test_a_signal_ends_it_and_nothing_is_left(tmp_path: Path, number: signal.Sig
 def test_a_signal_at_any_moment_ends_the_broker_too(tmp_path: Path) -> None:
     play = """
 import os, pathlib, signal, sys
-from acb.cli.acb.demo import scenes, signals
+from acb.cli import signals
+from acb.cli.acb.demo import scenes
 from acb.config import SimulatedSpec
 with signals.Signals() as held, scenes.Stage(pathlib.Path.cwd(), SimulatedSpec((1 << 20,)), held.check) as stage:
     os.kill(os.getpid(), signal.SIGTERM)

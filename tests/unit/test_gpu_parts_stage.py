@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from acb.cli.signals import Signals
 from acb.devices import nvml
 from benchmarks import gpu
 from benchmarks.gpu_parts import card, playing, stage
@@ -68,5 +69,5 @@ def test_every_part_is_told_the_uuid(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(card, "others", lambda _: "")
     here = card.Card({"name": "a GPU", "uuid": UUID}, 100)
     options = argparse.Namespace(simulate=False, quick=True, limit=100.0, out=tmp_path)
-    gpu._play("memory", [], here, options, 100.0, playing.Stop())
+    gpu._play("memory", [], here, options, 100.0, Signals())
     assert Settings(**told[0], deadline=0.0).gpu == UUID

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, rule
-from test_broker_core import CAPACITY, Histories, Program, suspend
+from test_broker_histories import CAPACITY, Histories, Program, suspend
 
 from acb.broker.core import Broker, Gpu
 from acb.broker.meter import Meter

@@ -7,7 +7,6 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +15,11 @@ from hypothesis import strategies as st
 
 torch: Any = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
+from torch_card import torch_card  # noqa: E402
 
 from acb.client.evacuation import EvacuationError  # noqa: E402
-from acb.config import SimulatedSpec  # noqa: E402
-from acb.devices.simulated import Card, create_cards  # noqa: E402
-from acb.hooks.torch import reach, simulated  # noqa: E402
+from acb.devices.simulated import Card  # noqa: E402
+from acb.hooks.torch import reach  # noqa: E402
 from acb.hooks.torch.evacuator import TorchEvacuator  # noqa: E402
 from acb.hooks.torch.hostpool import RESERVE, HostPool  # noqa: E402
 
@@ -31,13 +30,8 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def card(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Card]:
     """A simulated GPU of 64 MiB."""
-    directory: Path = tmp_path_factory.mktemp("cards")
-    create_cards(directory, SimulatedSpec((64 * MIB,)))
-    with Card.open(directory) as card:
-        simulated.install(torch, lambda: card, lambda: card)
+    with torch_card(tmp_path_factory.mktemp("cards"), 64 * MIB) as card:
         yield card
-        gc.collect()
-        simulated.uninstall()
 
 
 @pytest.fixture(scope="module")

@@ -9,18 +9,18 @@ import contextlib
 import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 torch: Any = pytest.importorskip("torch")
 
+from torch_card import torch_card  # noqa: E402
+
 from acb.client.evacuation import EvacuationError  # noqa: E402
-from acb.config import SimulatedSpec  # noqa: E402
-from acb.devices.simulated import Card, create_cards  # noqa: E402
+from acb.devices.simulated import Card  # noqa: E402
 from acb.hooks.torch import evacuator as module  # noqa: E402
-from acb.hooks.torch import reach, simulated, streams  # noqa: E402
+from acb.hooks.torch import reach, streams  # noqa: E402
 from acb.hooks.torch.evacuator import TorchEvacuator  # noqa: E402
 from acb.hooks.torch.hostpool import HostPool, Place  # noqa: E402
 
@@ -30,13 +30,8 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def card(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Card]:
     """A simulated GPU of 64 MiB."""
-    directory: Path = tmp_path_factory.mktemp("cards")
-    create_cards(directory, SimulatedSpec((64 * MIB,)))
-    with Card.open(directory) as card:
-        simulated.install(torch, lambda: card, lambda: card)
+    with torch_card(tmp_path_factory.mktemp("cards"), 64 * MIB) as card:
         yield card
-        gc.collect()
-        simulated.uninstall()
 
 
 class Stream:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from acb.client import agent as module
+from acb.client import patience as module
 from acb.client import runtime
 from acb.client.agent import Agent
 from acb.protocol import AskStatus, Message, Status
@@ -21,7 +21,7 @@ def test_a_person_is_told_once_that_a_program_waits(
     monkeypatch.delenv("ACB_QUIET", raising=False)
     sent: list[Message] = []
     agent: Any = Agent([], "p", False)
-    agent._connection = SimpleNamespace(welcomed=True, send=sent.append)
+    agent._connection = agent._patience._connection = SimpleNamespace(welcomed=True, send=sent.append)
     agent._say_that_it_waits()
     agent._wanted = True
     agent._say_that_it_waits()

@@ -37,6 +37,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from acb import processes
 from acb.cli import output
 from acb.cli.gpu_assigner import table, talk
 from acb.cli.gpu_assigner.table import Column
@@ -133,7 +134,7 @@ def _remarks(client: dict[str, Any]) -> Iterator[str]:
     if client.get("absent"):
         yield client["absent"]
     elif client["stopped"]:
-        yield f"process {pid} is stopped; let it go on with fg in its shell, or with: kill -CONT {pid}"
+        yield f"process {pid} is stopped; {processes.going_on(pid)}"
 
 
 def _duration(seconds: float) -> str:

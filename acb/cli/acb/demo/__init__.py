@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the three scenes; exit status 0 when all programs finish under acb with the results they have alone."""
     from acb.cli.acb.demo import scenes, timeline
     from acb.cli.acb.demo.progress import Progress
-    from acb.cli.acb.demo.signals import Signals
+    from acb.cli.signals import Signals
 
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:

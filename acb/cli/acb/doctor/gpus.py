@@ -14,6 +14,7 @@ from acb.cli.acb.doctor.check import Check, Mark
 from acb.config import format_size
 from acb.devices.checkpoint_probe import Probe
 from acb.devices.nvml import NO_BINDING, Device, Nvml, NvmlError, Settings, mig_obstacle
+from acb.hooks import numbers
 
 SECTION, TIERS = "GPUs", "Moving memory off a GPU"
 
@@ -273,17 +274,13 @@ def _driver_tier(machine: Machine, probed: Probe | None) -> Tier:
         return Tier("driver", probed.works, f"tried: {probed.reason}{speed}")
     if not machine.usable():
         return Tier("driver", False, "it needs a real GPU")
-    version = _numbers(machine.driver)
+    version = numbers(machine.driver or "")
     if version and version[0] < CHECKPOINT_DRIVER:
         return Tier("driver", False, f"driver {machine.driver} is too old: {CHECKPOINT_DRIVER} or newer can do it")
     if version and version[:2] < REPORTED_GOOD:
         good = ".".join(map(str, REPORTED_GOOD))
         return Tier("driver", None, f"driver {machine.driver} is reported to fail with PyTorch, {good} to be good")
     return Tier("driver", None, f"driver {machine.driver or 'of unknown version'} should do it; not tried")
-
-
-def _numbers(version: str | None) -> tuple[int, ...]:
-    return tuple(int(part) for part in (version or "").split(".") if part.isdigit())
 
 
 def tier_checks(found: Sequence[Tier], machine: Machine, probed: Probe | None = None) -> list[Check]:
@@ -314,6 +311,6 @@ def _remedy(failed: Probe, machine: Machine) -> str:
         return "free memory on the GPU and on the host, and try again"
     if problem in ("timeout", "room", "helper"):
         return "try again when the GPU is idle: acb doctor --probe"
-    if _numbers(machine.driver)[:1] < (MIGRATION_SINCE,):
+    if numbers(machine.driver or "")[:1] < (MIGRATION_SINCE,):
         return f"have the NVIDIA driver updated to {MIGRATION_SINCE} or newer, and try again"
     return "nothing mends that but another driver or GPU"

@@ -6,7 +6,8 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
-_ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+"""By which a closed terminal, a person or a batch system ends a program."""
 
 
 class Interrupted(SystemExit):
@@ -14,18 +15,21 @@ class Interrupted(SystemExit):
 
 
 class Signals:
-    """A context manager: inside, a signal only makes check() raise Interrupted; on leaving, it takes effect.
+    """A context manager: inside, a signal is only noted, and whoever waits looks at `number`, or calls check(). On
+    leaving, it takes effect, with `in_the_end`.
 
     So nothing is cut off between beginning something and noting it down, nor while it is put away. A signal that is
     ignored (by nohup, say) stays so.
     """
 
-    def __init__(self) -> None:
-        self._came = 0
+    def __init__(self, *, in_the_end: bool = True) -> None:
+        self.number = 0
+        """The first that has come; 0: none has."""
+        self._in_the_end = in_the_end
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
-        for number in _ENDING:
+        for number in ENDING:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 self._before[number] = signal.signal(number, self._note)
         return self
@@ -35,13 +39,18 @@ class Signals:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._came:
-            signal.raise_signal(self._came)
+        if self.number and self._in_the_end:
+            signal.raise_signal(self.number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._came = self._came or number
+        self.number = self.number or number
+
+    @property
+    def reason(self) -> str:
+        """In words; '' while none has come."""
+        return f"stopped by {signal.Signals(self.number).name}" if self.number else ""
 
     def check(self) -> None:
         """Raise Interrupted if a signal has come."""
-        if self._came:
-            raise Interrupted(128 + self._came)
+        if self.number:
+            raise Interrupted(128 + self.number)
